@@ -1,0 +1,440 @@
+"""attention on packed rows, with optional probabilities: softmax(scale * Q K^T + bias) V, one form for every padding.
+
+Rows 0..q_len of a sequence attend to its rows 0..kv_len (pack.py puts the real tokens first), so padding costs
+nothing and needs no mask. Probabilities (B, heads, S, S) are stored in the same launch, through the row <-> token map:
+every element is written once, zeros for padding keys and for tokens that are no row.
+
+Without probabilities: one pass over the keys with a running maximum (Milakov & Gimelshein 2018; FlashAttention-2, Dao
+2023). With them: two passes, first the row's log-sum-exp, then P and P V; reading K twice from L2 is cheaper than
+normalising B * heads * S * S stored numbers afterwards. FLOP: 4 * heads * head_dim * sum(q_len * kv_len).
+
+A sequence without a key (kv_len = 0): uniform weights over all its S rows (uniform_empty, transformers' eager) or a
+context of zeros (its sdpa). Never NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast.kernels.configs import TileConfig, choose
+from bert_fast.kernels.registry import register
+from bert_fast.kernels.runtime import (
+    capability,
+    ceil_div,
+    device_guard,
+    dot_precision,
+    next_power_of_2,
+    tl,
+    triton,
+)
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_HEAD_DIM = 128
+
+
+def _padded_rows(cu_seqlens: torch.Tensor, S: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S) index of row j of each sequence (clamped into range) and whether there is such a row."""
+    j = torch.arange(S, device=cu_seqlens.device)
+    rows = cu_seqlens[:-1, None].long() + j
+    return rows.clamp(max=T - 1), j < (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]
+
+
+def attention_ref(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    token: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    kv_len: torch.Tensor,
+    prefix: torch.Tensor,
+    heads: int,
+    scale: float,
+    want_probs: bool,
+    uniform_empty: bool,
+) -> Triple:
+    """qkv (T, 3 * heads * D) packed rows; bias broadcastable to (B, heads, S, S) or None (with it, rows are tokens).
+
+    token (T,), cu_seqlens (B+1,), kv_len (B,), prefix (B,) int32 from `pack`; T = B * S. Returns context
+    (T, heads * D), probs (B, heads, S, S) or empty, lse (heads, T) fp32, natural log.
+    """
+    B, T = kv_len.shape[0], qkv.shape[0]
+    S, D = T // B, qkv.shape[1] // (3 * heads)
+    rows, is_row = _padded_rows(cu_seqlens, S, T)
+    q, k, v = (
+        torch.where(is_row[:, :, None, None], x[rows], 0.0).transpose(1, 2)
+        for x in qkv.view(T, 3, heads, D).unbind(1)
+    )
+    scores = q @ k.transpose(2, 3) * scale
+    if bias is not None:
+        scores = scores + bias
+    is_key = torch.arange(S, device=qkv.device) < kv_len[:, None]
+    if uniform_empty:
+        empty = (kv_len == 0)[:, None]
+        scores = torch.where(empty[:, None, None], 0.0, scores)
+        is_key = is_key | empty
+    scores = scores.masked_fill(~is_key[:, None, None], float("-inf"))
+    lse = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
+    dead = torch.isneginf(lse)[..., None]
+    probs = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0).to(qkv.dtype)
+    context = (probs @ v).transpose(1, 2)[is_row].reshape(-1, heads * D)
+    context = F.pad(context, (0, 0, 0, T - context.shape[0]))
+    lse_rows = F.pad(lse.transpose(0, 1)[:, is_row], (0, T - int(is_row.sum())))
+    if not want_probs:
+        return context, qkv.new_empty(0), lse_rows
+    # row j, key i -> their positions; what is no row gets zeros and lands on a dropped token's place
+    position = _positions(token, cu_seqlens, S)
+    inverse = torch.argsort(position, dim=1)
+    probs = torch.where(is_row[:, None, :, None], probs, 0.0)
+    probs = torch.gather(probs, 2, inverse[:, None, :, None].expand_as(probs))
+    probs = torch.gather(probs, 3, inverse[:, None, None, :].expand_as(probs))
+    return context, probs, lse_rows
+
+
+def _positions(token: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.Tensor:
+    """(B, S) position of the j-th place of each sequence: its rows, then its dropped tokens (see pack.py)."""
+    B = cu_seqlens.shape[0] - 1
+    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    j = torch.arange(S, device=token.device)
+    b = torch.arange(B, device=token.device)
+    dropped = cu_seqlens[-1].long() + b * S - start
+    place = torch.where(j < (end - start)[:, None], start[:, None] + j, (dropped - (end - start))[:, None] + j)
+    return token[place].long() - (b * S)[:, None]
+
+
+@triton.jit
+def _scores(
+    q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of one key block; in units of ln 2 (scale carries log2(e)), with a bias in natural units."""
+    cols = n + n_cols
+    if MASK_KEYS:
+        mask = cols[None, :] < kv_len
+        if MASK_D:
+            mask = mask & d_mask[:, None]
+        k = tl.load(k_ptrs, mask=mask, other=0.0)
+    elif MASK_D:
+        k = tl.load(k_ptrs, mask=d_mask[:, None], other=0.0)
+    else:
+        k = tl.load(k_ptrs)
+    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    if HAS_BIAS:
+        # a bias of finfo.min must not overflow when all keys have it, so it is not folded into base 2
+        if MASK_KEYS:
+            s += tl.load(bias_ptrs + cols[None, :] * stride_bias_k, mask=cols[None, :] < kv_len, other=0.0).to(tl.float32)
+        else:
+            s += tl.load(bias_ptrs + cols[None, :] * stride_bias_k).to(tl.float32)
+    if MASK_KEYS:
+        s = tl.where(cols[None, :] < kv_len, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _exp(x, HAS_BIAS: tl.constexpr):
+    return tl.math.exp2(x * LOG2E) if HAS_BIAS else tl.math.exp2(x)
+
+
+@triton.jit
+def _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
+    if MASK_KEYS:  # a masked key has weight 0, and 0 * undefined memory is not 0
+        mask = (n + n_cols)[:, None] < kv_len
+        if MASK_D:
+            mask = mask & d_mask[None, :]
+        v = tl.load(v_ptrs, mask=mask, other=0.0)
+    elif MASK_D:
+        v = tl.load(v_ptrs, mask=d_mask[None, :], other=0.0)
+    else:
+        v = tl.load(v_ptrs)
+    return v
+
+
+@triton.jit
+def _online_step(
+    acc, m, l, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row of -inf so far: exp(-inf - 0) = 0
+    p = _exp(s - m_safe[:, None], HAS_BIAS)
+    alpha = _exp(m - m_safe, HAS_BIAS)
+    l = l * alpha + tl.sum(p, 1)
+    v = _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS, MASK_D)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def _sum_step(
+    m, l, q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    l = l * _exp(m - m_safe, HAS_BIAS) + tl.sum(_exp(s - m_safe[:, None], HAS_BIAS), 1)
+    return m_new, l
+
+
+@triton.jit
+def _probs_step(
+    acc, shift, inv_l, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask,
+    key_token_ptr, first_token, S,
+    MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    p = _exp(s - shift[:, None], HAS_BIAS)
+    if HAS_BIAS:
+        p *= inv_l[:, None]
+    p = p.to(row_ptrs.dtype.element_ty)
+    cols = n + n_cols
+    inside = cols < kv_len
+    if MAPPED:
+        at = tl.load(key_token_ptr + cols, mask=inside, other=0) - first_token
+    else:
+        at = cols
+    if MASK_KEYS:
+        tl.store(row_ptrs + at[None, :], p, mask=row_mask & inside[None, :])
+    else:
+        tl.store(row_ptrs + at[None, :], p, mask=row_mask)
+    v = _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS, MASK_D)
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_zeros(row_ptrs, first, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED: tl.constexpr, BLOCK_N: tl.constexpr):  # noqa: E501  # fmt: skip
+    """Zeros into columns `first`.. of the rows: padding keys, and keys that are no row."""
+    zero = tl.zeros((1, BLOCK_N), row_ptrs.dtype.element_ty)
+    for n in range(first, S, BLOCK_N):
+        cols = n + n_cols
+        at = cols
+        if MAPPED:
+            place = tl.where(cols < q_len, start + cols, dropped + cols - q_len)
+            at = tl.load(token_ptr + place, mask=cols < S, other=0) - first_token
+        tl.store(row_ptrs + at[None, :], zero, mask=row_mask & (cols < S)[None, :])
+
+
+@triton.jit
+def _attention_kernel(
+    qkv_ptr, stride_t, bias_ptr, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
+    token_ptr, cu_seqlens_ptr, kv_len_ptr, prefix_ptr, out_ptr, probs_ptr, lse_ptr,
+    B, S, T, H, scale,
+    D: tl.constexpr,  # head_dim
+    WANT_PROBS: tl.constexpr, UNIFORM_EMPTY: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M query rows of one head of one sequence against all its keys."""
+    MASK_D: tl.constexpr = BLOCK_D != D
+    pid_m = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    start = tl.load(cu_seqlens_ptr + b)
+    q_len = tl.load(cu_seqlens_ptr + b + 1) - start
+    if not WANT_PROBS:
+        if pid_m * BLOCK_M >= q_len:
+            return
+    kv_len = tl.load(kv_len_ptr + b)
+    if UNIFORM_EMPTY:  # scores of 0 over all S keys; such a sequence keeps all its rows
+        scale = tl.where(kv_len == 0, 0.0, scale)
+        kv_len = tl.where(kv_len == 0, q_len, kv_len)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    n_cols = tl.arange(0, BLOCK_N)
+    d_mask = d < D
+    row_offsets = (start + rows).to(tl.int64) * stride_t
+    q_ptrs = qkv_ptr + row_offsets[:, None] + (h * D + d)[None, :]
+    q_mask = (rows < q_len)[:, None] & d_mask[None, :] if MASK_D else (rows < q_len)[:, None]
+    q = tl.load(q_ptrs, mask=q_mask, other=0.0)
+    base = qkv_ptr + start.to(tl.int64) * stride_t + h * D
+    k_ptrs = base + H * D + n_cols[None, :] * stride_t + d[:, None]
+    v_ptrs = base + 2 * H * D + n_cols[:, None] * stride_t + d[None, :]
+    bias_ptrs = bias_ptr
+    if HAS_BIAS:
+        bias_base = bias_ptr + b.to(tl.int64) * stride_bias_b + h.to(tl.int64) * stride_bias_h
+        bias_ptrs = bias_base + (tl.minimum(rows, S - 1).to(tl.int64) * stride_bias_q)[:, None]
+    else:
+        scale *= LOG2E  # exp2 is the hardware's exponential
+    full = kv_len // BLOCK_N * BLOCK_N  # key blocks below `full` need no mask
+    step = BLOCK_N * stride_t
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if WANT_PROBS:
+        keys = k_ptrs
+        for n in range(0, full, BLOCK_N):
+            m, l = _sum_step(m, l, q, keys, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            keys += step
+        if full < kv_len:
+            m, l = _sum_step(m, l, q, keys, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        inv_l = 1.0 / tl.where(l > 0, l, 1.0)
+        if HAS_BIAS:  # m may be finfo.min, beside which log(l) vanishes: divide by l instead
+            shift = tl.where(l > 0, m, 0.0)
+        else:
+            shift = tl.where(l > 0, m + tl.math.log2(l), 0.0)
+        first_token = b * S
+        dropped = tl.load(cu_seqlens_ptr + B) + first_token - start
+        row_is_token = tl.where(rows < q_len, start + rows, dropped + rows - q_len)
+        at = tl.load(token_ptr + row_is_token, mask=rows < S, other=0) - first_token
+        row_ptrs = probs_ptr + (((b * H + h).to(tl.int64) * S + at) * S)[:, None]
+        row_mask = (rows < q_len)[:, None]
+        in_place = tl.load(prefix_ptr + b) != 0  # right padding: contiguous stores, no gather of positions
+        keys = k_ptrs
+        values = v_ptrs
+        if in_place:
+            for n in range(0, full, BLOCK_N):
+                acc = _probs_step(acc, shift, inv_l, q, keys, values, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, False, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+                keys += step
+                values += step
+            if full < kv_len:
+                acc = _probs_step(acc, shift, inv_l, q, keys, values, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, False, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            _store_zeros(row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
+        else:
+            for n in range(0, full, BLOCK_N):
+                acc = _probs_step(acc, shift, inv_l, q, keys, values, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, True, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+                keys += step
+                values += step
+            if full < kv_len:
+                acc = _probs_step(acc, shift, inv_l, q, keys, values, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, True, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            _store_zeros(row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, True, BLOCK_N)  # noqa: E501  # fmt: skip
+        # the tokens that are no row: whole rows of zeros
+        if (pid_m + 1) * BLOCK_M > q_len:
+            _store_zeros(row_ptrs, 0, S, ((rows >= q_len) & (rows < S))[:, None], token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
+    else:
+        for n in range(0, full, BLOCK_N):
+            acc, m, l = _online_step(acc, m, l, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            k_ptrs += step
+            v_ptrs += step
+        if full < kv_len:
+            acc, m, l = _online_step(acc, m, l, q, k_ptrs, v_ptrs, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        acc = acc / tl.where(l > 0, l, 1.0)[:, None]
+    lse = m + tl.math.log2(l) / LOG2E if HAS_BIAS else (m + tl.math.log2(l)) / LOG2E
+    tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, tl.where(l > 0, lse, float("-inf")), mask=rows < q_len)
+    out_ptrs = out_ptr + (start + rows).to(tl.int64)[:, None] * (H * D) + (h * D + d)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+def _check(qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, kv_len: torch.Tensor, heads: int) -> None:
+    T, B = token.shape[0], kv_len.shape[0]
+    if qkv.dim() != 2 or qkv.shape[0] != T or qkv.stride(1) != 1:
+        raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected ({T}, 3 * heads * D) with unit rows")
+    if heads < 1 or qkv.shape[1] % (3 * heads):
+        raise ValueError(f"attention: qkv has {qkv.shape[1]} columns, expected a multiple of 3 * heads = {3 * heads}")
+    if qkv.shape[1] // (3 * heads) > MAX_HEAD_DIM:
+        raise ValueError(f"attention: head_dim is {qkv.shape[1] // (3 * heads)}, expected at most {MAX_HEAD_DIM}")
+    if B < 1 or T % B:
+        raise ValueError(f"attention: {T} tokens in {B} sequences, expected B * S")
+    if bias is not None:
+        full = (B, heads, T // B, T // B)
+        if bias.dim() != 4 or any(n not in (1, want) for n, want in zip(bias.shape, full, strict=True)):
+            raise ValueError(f"attention: bias has shape {tuple(bias.shape)}, expected one that broadcasts to {full}")
+
+
+def attention_cpu(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    token: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    kv_len: torch.Tensor,
+    prefix: torch.Tensor,
+    heads: int,
+    scale: float,
+    want_probs: bool,
+    uniform_empty: bool,
+) -> Triple:
+    """torch's fused attention, all sequences at once where they are full, else one by one on their real rows."""
+    _check(qkv, bias, token, kv_len, heads)
+    B, T = kv_len.shape[0], qkv.shape[0]
+    S, D = T // B, qkv.shape[1] // (3 * heads)
+    if want_probs or bias is not None:
+        return attention_ref(
+            qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty
+        )
+    lse = qkv.new_empty(heads, T, dtype=torch.float32)
+    starts, keys = cu_seqlens.tolist(), kv_len.tolist()
+    if min(keys) == S:
+        q, k, v = qkv.view(B, S, 3, heads, D).permute(2, 0, 3, 1, 4)
+        context, sums = _sdpa(q, k, v, scale)
+        lse.view(heads, B, S).copy_(sums.transpose(0, 1))
+        return context.transpose(1, 2).reshape(T, heads * D), qkv.new_empty(0), lse
+    out = qkv.new_empty(T, heads * D)
+    for b, n in enumerate(keys):
+        rows = slice(starts[b], starts[b + 1])
+        q, k, v = qkv[rows].view(1, -1, 3, heads, D).permute(2, 0, 3, 1, 4)
+        if n == 0 and not uniform_empty:
+            out[rows], lse[:, rows] = 0.0, float("-inf")
+            continue
+        context, sums = _sdpa(q, k[:, :, : n or S], v[:, :, : n or S], scale if n else 0.0)
+        out[rows].view(1, -1, heads, D).copy_(context.transpose(1, 2))
+        lse[:, rows] = sums[0]
+    return out, qkv.new_empty(0), lse
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(context, lse) of torch's CPU flash kernel, the one scaled_dot_product_attention would take."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+
+
+def attention_triton(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    token: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    kv_len: torch.Tensor,
+    prefix: torch.Tensor,
+    heads: int,
+    scale: float,
+    want_probs: bool,
+    uniform_empty: bool,
+    config: TileConfig | None = None,
+) -> Triple:
+    _check(qkv, bias, token, kv_len, heads)
+    B, T = kv_len.shape[0], qkv.shape[0]
+    S, D = T // B, qkv.shape[1] // (3 * heads)
+    out, probs, lse = _attention_fake(
+        qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty
+    )
+    op = "attention_probs" if want_probs else "attention"
+    config = config or choose(op, "dim<=64" if D <= 64 else "dim<=128", qkv.dtype, capability(qkv.device))
+    bias_strides = (0, 0, 0, 0)
+    if bias is not None:
+        bias_strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))  # type: ignore[assignment]
+    with device_guard(qkv):
+        _attention_kernel[(ceil_div(S, config.BLOCK_M), heads, B)](
+            qkv, qkv.stride(0), bias, *bias_strides, token, cu_seqlens, kv_len, prefix, out, probs, lse,
+            B, S, T, heads, scale, D=D,
+            WANT_PROBS=want_probs, UNIFORM_EMPTY=uniform_empty, HAS_BIAS=bias is not None,
+            PRECISION=dot_precision(qkv.dtype),
+            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_D=max(16, next_power_of_2(D)),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, probs, lse
+
+
+def _attention_fake(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    token: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    kv_len: torch.Tensor,
+    prefix: torch.Tensor,
+    heads: int,
+    scale: float,
+    want_probs: bool,
+    uniform_empty: bool,
+) -> Triple:
+    B, T = kv_len.shape[0], qkv.shape[0]
+    S = T // B
+    probs = qkv.new_empty((B, heads, S, S) if want_probs else 0)
+    return qkv.new_empty(T, qkv.shape[1] // 3), probs, qkv.new_empty(heads, T, dtype=torch.float32)
+
+
+attention = register(
+    "attention(Tensor qkv, Tensor? bias, Tensor token, Tensor cu_seqlens, Tensor kv_len, Tensor prefix, int heads,"
+    " float scale, bool want_probs, bool uniform_empty) -> (Tensor, Tensor, Tensor)",
+    ref=attention_ref,
+    cpu=attention_cpu,
+    cuda=attention_triton,
+    fake=_attention_fake,
+)

@@ -1,0 +1,70 @@
+"""Tile choices are data: one JSON per architecture beside this file, one frozen type, one pure lookup.
+
+Keys are `op/shape class/dtype class`. Row classes are named by their upper bound on the row *capacity* (the row count
+itself is on the device). An entry missing from the architecture's file comes from `generic.json`, whose tiles fit the
+shared memory and registers of every GPU from sm_80 on and of gfx942.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROW_CLASSES = (128, 2048)  # capacities up to 128, up to 2048, and above
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of a matrix kernel. BLOCK_M rows x BLOCK_N columns (attention: keys) x BLOCK_K of the inner dimension."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    BLOCK_K: int = 0
+    tma: bool = False  # host tensor descriptors: sm_90 and newer, half dtypes, aligned shapes
+
+    def __post_init__(self) -> None:
+        for name in ("BLOCK_M", "BLOCK_N"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"{name}={size}: expected a power of two from 16 on")
+        if self.tma and self.BLOCK_M < 64:
+            raise ValueError(f"BLOCK_M={self.BLOCK_M} with tma: wgmma needs 64 rows")
+
+
+def row_class(rows: int) -> str:
+    for bound in ROW_CLASSES:
+        if rows <= bound:
+            return f"rows<={bound}"
+    return f"rows>{ROW_CLASSES[-1]}"
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "half"
+
+
+@functools.lru_cache(maxsize=None)
+def table(arch: str) -> dict[str, TileConfig]:
+    """All entries of `arch` ("sm90", ...), the generic ones where it has none of its own."""
+    merged: dict[str, TileConfig] = {}
+    for name in ("generic", arch):
+        path = FOLDER / f"{name}.json"
+        if path.exists():
+            merged |= {key: TileConfig(**entry) for key, entry in json.loads(path.read_text()).items()}
+    return merged
+
+
+def arch_name(capability: tuple[int, int]) -> str:
+    """Name of the table of a compute capability; an unknown architecture has no file and gets the generic tiles."""
+    return f"sm{capability[0]}{capability[1]}"
+
+
+def choose(op: str, shape: str, dtype: torch.dtype, capability: tuple[int, int]) -> TileConfig:
+    """Tile of `op` for a shape class; pure: same arguments, same tile."""
+    return table(arch_name(capability))[f"{op}/{shape}/{dtype_class(dtype)}"]

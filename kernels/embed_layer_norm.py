@@ -1,0 +1,219 @@
+"""embed_layer_norm: word + position + token-type rows gathered, summed and normalised in one pass, stored packed.
+
+Row r is the token `token[r]`; the sum and the statistics are fp32 (transformers rounds the two sums to the model's
+dtype). An index outside its table reads nothing and makes the row NaN: never a wrong row that looks right.
+Source of the operation: transformers BertEmbeddings.forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast.kernels.linear import used_rows
+from bert_fast.kernels.registry import register
+from bert_fast.kernels.residual_layer_norm import (
+    Pair,
+    _layer_norm,
+    _store,
+    _store_dropped,
+    check_layer_norm,
+    num_warps,
+    to_padded,
+)
+from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
+
+
+def embed_layer_norm_ref(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    padding_idx: int,
+    token: torch.Tensor,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    """input_ids (B, S) or inputs_embeds (B, S, N), exactly one; token_type_ids, position_ids (B, S), strides of 0 fine.
+
+    word (V, N), token_type (types, N), position (P, N) tables; weight, bias (N,); padding_idx: the word row
+    that gets no gradient, or -1; token int32 (B*S,), n_rows int32
+    (1,) or None (all). Returns (rows (B*S, N), padded (B*S, N)), empty where not wanted.
+    """
+    index = token[: used_rows(token, n_rows)].long()
+    if inputs_embeds is None:
+        assert input_ids is not None
+        h = F.embedding(input_ids.reshape(-1)[index], word, None if padding_idx < 0 else padding_idx)
+    else:
+        h = inputs_embeds.reshape(-1, word.shape[1])[index]
+    h = h + F.embedding(token_type_ids.reshape(-1)[index], token_type)
+    h = h + F.embedding(position_ids.reshape(-1)[index], position)
+    y = F.layer_norm(h, (word.shape[1],), weight, bias, eps)
+    rows = F.pad(y, (0, 0, 0, token.shape[0] - len(index))) if want_rows else y.new_empty(0)
+    return rows, to_padded(y, token, len(index)) if want_padded else y.new_empty(0)
+
+
+@triton.jit
+def _gather(table_ptr, index, size, cols, N):
+    """Row `index` of a table (size, N) in fp32, NaN where the index is outside."""
+    inside = (index >= 0) & (index < size)
+    return tl.load(table_ptr + index.to(tl.int64) * N + cols, mask=inside & (cols < N), other=float("nan")).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _embed_layer_norm_kernel(
+    ids_ptr, stride_ids_b, stride_ids_s, embeds_ptr, stride_embeds_b, stride_embeds_s, stride_embeds_n,
+    types_ptr, stride_types_b, stride_types_s, positions_ptr, stride_positions_b, stride_positions_s,
+    word_ptr, type_ptr, position_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr,
+    S, N, n_words, n_types, n_positions, eps,
+    HAS_IDS: tl.constexpr, HAS_N_ROWS: tl.constexpr, WANT_ROWS: tl.constexpr, WANT_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    live = True
+    if HAS_N_ROWS:
+        live = row < tl.load(n_rows_ptr)
+    if live:
+        token = tl.load(token_ptr + row)
+        b = (token // S).to(tl.int64)
+        s = (token % S).to(tl.int64)
+        if HAS_IDS:
+            h = _gather(word_ptr, tl.load(ids_ptr + b * stride_ids_b + s * stride_ids_s), n_words, cols, N)
+        else:
+            embeds = embeds_ptr + b * stride_embeds_b + s * stride_embeds_s + cols.to(tl.int64) * stride_embeds_n
+            h = tl.load(embeds, mask=cols < N, other=0.0).to(tl.float32)
+        h += _gather(type_ptr, tl.load(types_ptr + b * stride_types_b + s * stride_types_s), n_types, cols, N)
+        at = tl.load(positions_ptr + b * stride_positions_b + s * stride_positions_s)
+        h += _gather(position_ptr, at, n_positions, cols, N)
+        y = _layer_norm(tl.where(cols < N, h, 0.0), weight_ptr, bias_ptr, cols, N, eps)
+        _store(y, rows_ptr, padded_ptr, token_ptr, row, cols, N, WANT_ROWS, WANT_PADDED)
+    else:
+        _store_dropped(padded_ptr, token_ptr, row, cols, N, WANT_PADDED)
+
+
+def _check(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    word: torch.Tensor,
+    tables: dict[str, torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    indices: dict[str, torch.Tensor],
+    token: torch.Tensor,
+) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("embed_layer_norm: expected exactly one of input_ids and inputs_embeds")
+    check_layer_norm("embed_layer_norm", word, weight, bias)
+    for name, t in {"word": word, **tables}.items():
+        if t.dim() != 2 or t.shape[1] != word.shape[1] or not t.is_contiguous():
+            raise ValueError(f"embed_layer_norm: {name} is {tuple(t.shape)}, expected (rows, {word.shape[1]}) contiguous")
+    shape = tuple(input_ids.shape) if inputs_embeds is None else tuple(inputs_embeds.shape[:2])  # type: ignore[union-attr]
+    for name, t in indices.items():
+        if tuple(t.shape) != shape:
+            raise ValueError(f"embed_layer_norm: {name} has shape {tuple(t.shape)}, expected {shape}")
+    if token.shape[0] != shape[0] * shape[1]:
+        raise ValueError(f"embed_layer_norm: token has {token.shape[0]} entries, expected {shape[0] * shape[1]}")
+
+
+def embed_layer_norm_cpu(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    padding_idx: int,
+    token: torch.Tensor,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    tables = {"token_type": token_type, "position": position}
+    indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+    _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
+    return embed_layer_norm_ref(
+        input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, weight, bias, eps,
+        padding_idx, token, n_rows, want_rows, want_padded,
+    )  # fmt: skip
+
+
+def embed_layer_norm_triton(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    padding_idx: int,
+    token: torch.Tensor,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    tables = {"token_type": token_type, "position": position}
+    indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+    _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
+    T, N, S = token.shape[0], word.shape[1], token_type_ids.shape[1]
+    rows, padded = word.new_empty((T, N) if want_rows else 0), word.new_empty((T, N) if want_padded else 0)
+    BLOCK_N = next_power_of_2(N)
+    with device_guard(word):
+        _embed_layer_norm_kernel[(T,)](
+            input_ids, *((0, 0) if input_ids is None else input_ids.stride()),
+            inputs_embeds, *((0, 0, 0) if inputs_embeds is None else inputs_embeds.stride()),
+            token_type_ids, *token_type_ids.stride(), position_ids, *position_ids.stride(),
+            word, token_type, position, weight, bias, rows, padded, token, n_rows,
+            S, N, word.shape[0], token_type.shape[0], position.shape[0], eps,
+            HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows,
+            WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N),
+        )  # fmt: skip
+    return rows, padded
+
+
+def _embed_layer_norm_fake(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    padding_idx: int,
+    token: torch.Tensor,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    shape = (token.shape[0], word.shape[1])
+    return word.new_empty(shape if want_rows else 0), word.new_empty(shape if want_padded else 0)
+
+
+embed_layer_norm = register(
+    "embed_layer_norm(Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids, Tensor word,"
+    " Tensor token_type, Tensor position, Tensor weight, Tensor bias, float eps, int padding_idx, Tensor token, Tensor? n_rows,"
+    " bool want_rows, bool want_padded) -> (Tensor, Tensor)",
+    ref=embed_layer_norm_ref,
+    cpu=embed_layer_norm_cpu,
+    cuda=embed_layer_norm_triton,
+    fake=_embed_layer_norm_fake,
+)

@@ -1,0 +1,216 @@
+"""x (T, K) @ weight (N, K)^T + bias, then an activation: the matrix kernel under qkv_linear, linear and linear_gelu.
+
+Persistent: as many programs as SMs walk the output tiles, so the number of tiles may come from the device. `PARTS`
+weights of one shape (query, key, value) are read where they lie and written side by side into one output of
+PARTS * N columns; each part has its own share of the grid, so no tile loop branches on the part.
+
+Bytes: T*K + N*K read, T*N written; FLOP: 2*T*N*K. The weights of one BERT layer stay in L2 (14 MB in bf16), tiles are
+walked in groups of GROUP_M rows so that those of x do too.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bert_fast.kernels.activation import activate
+from bert_fast.kernels.configs import TileConfig, choose, row_class
+from bert_fast.kernels.runtime import (
+    TensorDescriptor,
+    capability,
+    ceil_div,
+    device_guard,
+    dot_precision,
+    num_sms,
+    supports_tma,
+    tl,
+    triton,
+)
+
+GROUP_M = 8  # row tiles walked before the next column of tiles
+
+
+@triton.jit
+def _tile(tile_id, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    group_size = GROUP_M * tiles_n
+    first = tile_id // group_size * GROUP_M
+    rows = min(tiles_m - first, GROUP_M)
+    return first + (tile_id % group_size) % rows, (tile_id % group_size) // rows
+
+
+@triton.jit
+def _walk_pointers(
+    x_ptr, w_ptr, bias_ptr, y_ptr, part, M, N, K, stride_x, stride_w, stride_y,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile_id in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = _tile(tile_id, tiles_m, tiles_n, GROUP_M)
+        rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner = tl.arange(0, BLOCK_K)
+        # loads wrap around instead of masking rows and columns: what they bring in twice is never stored
+        x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x + inner[None, :]
+        w_ptrs = w_ptr + (cols % N).to(tl.int64)[None, :] * stride_w + inner[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x = tl.load(x_ptrs, mask=inner[None, :] < K - k, other=0.0)
+            w = tl.load(w_ptrs, mask=inner[:, None] < K - k, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        out = activate(acc, ACT, y_ptr.dtype.element_ty == tl.float32)
+        y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + (part * N + cols)[None, :]
+        tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def _walk_descriptors(
+    x_desc, w_desc, bias_ptr, y_desc, part, M, N, K,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # flatten: the loads of the next tile start under the epilogue of this one
+    for tile_id in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        pid_m, pid_n = _tile(tile_id, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(x_desc.load([pid_m * BLOCK_M, k]), w_desc.load([pid_n * BLOCK_N, k]).T, acc)
+        # two half-width epilogues: half the registers and half the staging memory of one
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        if HAS_BIAS:
+            left += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            cols += BLOCK_N // 2
+            right += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        col = part * N + pid_n * BLOCK_N
+        y_desc.store([pid_m * BLOCK_M, col], activate(left, ACT, False).to(DTYPE))
+        y_desc.store([pid_m * BLOCK_M, col + BLOCK_N // 2], activate(right, ACT, False).to(DTYPE))
+
+
+@triton.jit
+def _gemm_pointer_kernel(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr,
+    n_rows_ptr,  # int32 (1,): rows in use, read on the device; absent: all M
+    M, N, K, stride_x, stride_w, stride_y,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    if HAS_N_ROWS:
+        M = tl.load(n_rows_ptr)
+    part = tl.program_id(1)
+    w_ptr = w0_ptr
+    bias_ptr = b0_ptr
+    if PARTS > 1:
+        if part == 1:
+            w_ptr = w1_ptr
+        if part == 2:
+            w_ptr = w2_ptr
+        if HAS_BIAS:
+            if part == 1:
+                bias_ptr = b1_ptr
+            if part == 2:
+                bias_ptr = b2_ptr
+    _walk_pointers(
+        x_ptr, w_ptr, bias_ptr, y_ptr, part, M, N, K, stride_x, stride_w, stride_y,
+        HAS_BIAS, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gemm_tma_kernel(
+    x_desc, w0_desc, w1_desc, w2_desc, b0_ptr, b1_ptr, b2_ptr, y_desc,
+    n_rows_ptr, M, N, K,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    if HAS_N_ROWS:
+        M = tl.load(n_rows_ptr)
+    part = tl.program_id(1)
+    # a descriptor is a kernel parameter and cannot be selected at run time: one tile loop per part
+    if part == 0:
+        _walk_descriptors(x_desc, w0_desc, b0_ptr, y_desc, 0, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+    if PARTS > 1:
+        if part == 1:
+            _walk_descriptors(x_desc, w1_desc, b1_ptr, y_desc, 1, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+        if part == 2:
+            _walk_descriptors(x_desc, w2_desc, b2_ptr, y_desc, 2, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+
+
+def check_linear(op: str, x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
+    """Shapes, dtypes and devices of a linear op, before anything is launched."""
+    if x.dim() != 2 or x.stride(1) != 1:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)} and strides {x.stride()}, expected (T, K) with unit rows")
+    N = weights[0].shape[0]
+    for weight, bias in zip(weights, biases, strict=True):
+        if tuple(weight.shape) != (N, x.shape[1]):
+            raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected ({N}, {x.shape[1]})")
+        if weight.dtype != x.dtype or weight.device != x.device:
+            raise ValueError(f"{op}: weight is {weight.dtype} on {weight.device}, x is {x.dtype} on {x.device}")
+        if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype != x.dtype or bias.device != x.device):
+            raise ValueError(f"{op}: bias is {tuple(bias.shape)} {bias.dtype}, expected ({N},) {x.dtype}")
+        if (bias is None) != (biases[0] is None):
+            raise ValueError(f"{op}: some projections have a bias and some have none")
+
+
+def _tma_fits(config: TileConfig, x: torch.Tensor, weights: list[torch.Tensor], N: int) -> bool:
+    """Tensor descriptors want 16-byte rows and addresses; side-by-side parts must not share a column tile."""
+    aligned = all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in (x, *weights)
+    )
+    row_bytes = len(weights) * N * x.element_size()
+    return aligned and row_bytes % 16 == 0 and (len(weights) == 1 or N % config.BLOCK_N == 0)
+
+
+def gemm_triton(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    n_rows: torch.Tensor | None,
+    act: str,
+    config: TileConfig | None = None,
+) -> torch.Tensor:
+    """Launch on x (T, K): one (N, K) weight, or three, to (T, len(weights) * N). Rows past n_rows stay unwritten."""
+    M, K = x.shape
+    N, parts = weights[0].shape[0], len(weights)
+    y = x.new_empty(M, parts * N)
+    if M == 0:
+        return y
+    config = config or choose("gemm", row_class(M), x.dtype, capability(x.device))
+    weights = [w if w.stride(1) == 1 and w.stride(0) == weights[0].stride(0) else w.contiguous() for w in weights]
+    w0, w1, w2 = (weights * 3)[:3]
+    b0, b1, b2 = (biases * 3)[:3]
+    tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N)
+    grid = (max(1, min(tiles, num_sms(x.device) // parts)), parts)
+    shared = {
+        "PARTS": parts,
+        "HAS_BIAS": b0 is not None,
+        "HAS_N_ROWS": n_rows is not None,
+        "ACT": act,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+        "GROUP_M": GROUP_M,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    on_chip = x.device.type != "cuda" or supports_tma(x.device)  # the interpreter emulates descriptors
+    with device_guard(x):
+        if config.tma and on_chip and x.dtype != torch.float32 and _tma_fits(config, x, weights, N):
+            x_desc = TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K])
+            w_descs = [TensorDescriptor.from_tensor(w, [config.BLOCK_N, config.BLOCK_K]) for w in (w0, w1, w2)]
+            y_desc = TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N // 2])
+            dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+            _gemm_tma_kernel[grid](x_desc, *w_descs, b0, b1, b2, y_desc, n_rows, M, N, K, DTYPE=dtype, **shared)
+        else:
+            _gemm_pointer_kernel[grid](
+                x, w0, w1, w2, b0, b1, b2, y, n_rows, M, N, K, x.stride(0), w0.stride(0), y.stride(0),
+                PRECISION=dot_precision(x.dtype), **shared,
+            )  # fmt: skip
+    return y

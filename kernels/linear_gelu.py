@@ -1,0 +1,66 @@
+"""linear_gelu: y = act(x @ weight^T + bias), bias and activation in the GEMM's epilogue (BertIntermediate).
+
+act is one of activation.TORCH: "gelu" (erf), "gelu_tanh", "relu", "silu". The product runs in kernels/gemm.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast.kernels.activation import TORCH, check_activation
+from bert_fast.kernels.gemm import check_linear, gemm_triton
+from bert_fast.kernels.linear import linear_cpu, linear_ref
+from bert_fast.kernels.registry import register
+
+
+def linear_gelu_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None, act: str
+) -> torch.Tensor:
+    """x (T, K), weight (N, K), bias (N,) or None, n_rows int32 (1,) or None (all T)."""
+    return TORCH[act](linear_ref(x, weight, bias, n_rows))
+
+
+def linear_gelu_cpu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None, act: str
+) -> torch.Tensor:
+    check_activation(act)
+    y = linear_cpu(x, weight, bias, n_rows)
+    rows = y if n_rows is None else y[: int(n_rows.item())]
+    if act in ("gelu", "gelu_tanh"):  # in place: one buffer of T x N is the largest of the layer
+        torch.ops.aten.gelu_(rows, approximate="none" if act == "gelu" else "tanh")
+    elif act in ("relu", "silu"):
+        getattr(F, act)(rows, inplace=True)
+    return y
+
+
+def linear_gelu_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None, act: str
+) -> torch.Tensor:
+    check_activation(act)
+    check_linear("linear_gelu", x, [weight], [bias])
+    return gemm_triton(x, [weight], [bias], n_rows, act)
+
+
+def _linear_gelu_cuda(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None, act: str
+) -> torch.Tensor:
+    if x.dtype == torch.float32:  # as in linear: torch's own GEMM, all T rows
+        check_linear("linear_gelu", x, [weight], [bias])
+        return linear_gelu_cpu(x, weight, bias, None, act)
+    return linear_gelu_triton(x, weight, bias, n_rows, act)
+
+
+def _linear_gelu_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None, act: str
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+linear_gelu = register(
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? n_rows, str act) -> Tensor",
+    ref=linear_gelu_ref,
+    cpu=linear_gelu_cpu,
+    cuda=_linear_gelu_cuda,
+    fake=_linear_gelu_fake,
+)

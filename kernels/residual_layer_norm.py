@@ -1,0 +1,190 @@
+"""residual_layer_norm: LayerNorm(x + residual) on packed rows, one pass (BertSelfOutput, BertOutput).
+
+y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias with h = x + residual, statistics in fp32, biased variance
+(Ba, Kiros & Hinton 2016). Bytes: 2 * T * N read, T * N written for each output asked for; bandwidth-bound.
+
+The output is wanted as rows (the next layer's input), padded (B * S, N: it leaves the model), or both; the padded one
+is stored through `token` straight away, zeros for the tokens that are no row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast.kernels.linear import used_rows
+from bert_fast.kernels.registry import register
+from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def to_padded(rows: torch.Tensor, token: torch.Tensor | None, n: int) -> torch.Tensor:
+    """rows (n of T, N) to their tokens' places in (T, N), zeros elsewhere."""
+    if token is None:
+        raise ValueError("padded output asked for without a token map")
+    return rows.new_zeros(token.shape[0], rows.shape[1]).index_copy(0, token[:n].long(), rows[:n])
+
+
+def residual_layer_norm_ref(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    token: torch.Tensor | None,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    """x, residual (T, N); weight, bias (N,); token int32 (T,) for the padded output; n_rows int32 (1,) or None (all T).
+
+    Returns (rows (T, N), padded (T, N)), empty where not wanted.
+    """
+    n = used_rows(x, n_rows)
+    y = F.layer_norm(x[:n] + residual[:n], (x.shape[1],), weight, bias, eps)
+    rows = F.pad(y, (0, 0, 0, x.shape[0] - n)) if want_rows else x.new_empty(0)
+    return rows, to_padded(y, token, n) if want_padded else x.new_empty(0)
+
+
+@triton.jit
+def _layer_norm(h, weight_ptr, bias_ptr, cols, N, eps):
+    """One row in registers, (BLOCK_N,) fp32: centred variance, no second pass over memory."""
+    mean = tl.sum(h, 0) / N
+    centred = tl.where(cols < N, h - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / N + eps)
+    weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    return centred * rstd * weight + bias
+
+
+@triton.jit
+def _store(y, rows_ptr, padded_ptr, token_ptr, row, cols, N, WANT_ROWS: tl.constexpr, WANT_PADDED: tl.constexpr):
+    """One row to the packed output, to its token's place in the padded one, or to both; row is int64."""
+    if WANT_ROWS:
+        tl.store(rows_ptr + row * N + cols, y.to(rows_ptr.dtype.element_ty), mask=cols < N)
+    if WANT_PADDED:
+        token = tl.load(token_ptr + row).to(tl.int64)
+        tl.store(padded_ptr + token * N + cols, y.to(padded_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def _store_dropped(padded_ptr, token_ptr, row, cols, N, WANT_PADDED: tl.constexpr):
+    """The zeros of a token that is no row."""
+    if WANT_PADDED:
+        token = tl.load(token_ptr + row).to(tl.int64)
+        zero = tl.zeros(cols.shape, padded_ptr.dtype.element_ty)
+        tl.store(padded_ptr + token * N + cols, zero, mask=cols < N)
+
+
+@triton.jit
+def _residual_layer_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr, stride_x, stride_residual,
+    N, eps,
+    HAS_N_ROWS: tl.constexpr, WANT_ROWS: tl.constexpr, WANT_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    live = True
+    if HAS_N_ROWS:
+        live = row < tl.load(n_rows_ptr)
+    if live:
+        x = tl.load(x_ptr + row * stride_x + cols, mask=cols < N, other=0.0).to(tl.float32)
+        r = tl.load(residual_ptr + row * stride_residual + cols, mask=cols < N, other=0.0).to(tl.float32)
+        y = _layer_norm(x + r, weight_ptr, bias_ptr, cols, N, eps)
+        _store(y, rows_ptr, padded_ptr, token_ptr, row, cols, N, WANT_ROWS, WANT_PADDED)
+    else:
+        _store_dropped(padded_ptr, token_ptr, row, cols, N, WANT_PADDED)
+
+
+def num_warps(block: int) -> int:
+    """Warps of a one-row-per-program kernel: 16 bytes a thread in half precision, at least one warp."""
+    return min(max(block // 512, 1), 8)
+
+
+def check_layer_norm(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    if x.dim() != 2 or x.stride(1) != 1:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)} and strides {x.stride()}, expected (T, N) with unit rows")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if tuple(p.shape) != (x.shape[1],) or p.device != x.device:
+            raise ValueError(f"{op}: {name} is {tuple(p.shape)} on {p.device}, expected ({x.shape[1]},) on {x.device}")
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    check_layer_norm("residual_layer_norm", x, weight, bias)
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1:
+        raise ValueError(
+            f"residual_layer_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected {tuple(x.shape)} "
+            f"{x.dtype} with unit rows"
+        )
+
+
+def residual_layer_norm_cpu(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    token: torch.Tensor | None,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    _check(x, residual, weight, bias)
+    n = used_rows(x, n_rows)
+    y = F.layer_norm(x[:n] + residual[:n], (x.shape[1],), weight, bias, eps)
+    padded = to_padded(y, token, n) if want_padded else x.new_empty(0)
+    if want_rows and n < x.shape[0]:
+        rows = x.new_empty(x.shape)
+        rows[:n] = y
+        return rows, padded
+    return (y if want_rows else x.new_empty(0)), padded
+
+
+def residual_layer_norm_triton(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    token: torch.Tensor | None,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    _check(x, residual, weight, bias)
+    rows, padded = _residual_layer_norm_fake(x, residual, weight, bias, eps, token, n_rows, want_rows, want_padded)
+    T, N = x.shape
+    BLOCK_N = next_power_of_2(N)
+    if T:
+        with device_guard(x):
+            _residual_layer_norm_kernel[(T,)](
+                x, residual, weight, bias, rows, padded, token, n_rows, x.stride(0), residual.stride(0), N, eps,
+                HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows, WANT_PADDED=want_padded, BLOCK_N=BLOCK_N,
+                num_warps=num_warps(BLOCK_N),
+            )  # fmt: skip
+    return rows, padded
+
+
+def _residual_layer_norm_fake(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    token: torch.Tensor | None,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+    want_padded: bool,
+) -> Pair:
+    return x.new_empty(x.shape if want_rows else 0), x.new_empty(x.shape if want_padded else 0)
+
+
+residual_layer_norm = register(
+    "residual_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? token,"
+    " Tensor? n_rows, bool want_rows, bool want_padded) -> (Tensor, Tensor)",
+    ref=residual_layer_norm_ref,
+    cpu=residual_layer_norm_cpu,
+    cuda=residual_layer_norm_triton,
+    fake=_residual_layer_norm_fake,
+)
