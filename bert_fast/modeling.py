@@ -1,0 +1,261 @@
+"""BertModel and its eight heads: subclasses of transformers' classes of the same names, run by the encoder tier.
+
+A model is built by transformers' own constructor, then the classes of its modules are swapped for subclasses that add
+a forward and nothing else: parameters, state_dict keys, random numbers drawn, hooks and isinstance stay as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils import output_capturing
+
+from bert_fast.checks import check_inputs, check_one_of
+from bert_fast.encoder import encode
+from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm
+from bert_fast.kernels.linear import linear
+from bert_fast.outputs import SELECTS_HIDDEN_STATES, make_outputs
+from bert_fast.packing import check_padding, make_packing, resolve_padding
+from bert_fast.tiers import (
+    DTYPES,
+    activation_name,
+    activation_reason,
+    call_reason,
+    layer_norm_reason,
+    linear_reason,
+    model_reason,
+    surroundings_reason,
+    unsupported_reason,
+    warn_once,
+)
+from bert_fast.upstream import BertCrossAttention, BertSelfAttention
+
+FIRST_TOKEN_ONLY = "_bert_fast_first_token_only"  # a head tells its BertModel that it reads the pooler alone
+
+
+class _Fast:
+    """What every class here adds: `padding`, and the class swap after transformers' constructor."""
+
+    _padding = "auto"
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        swap_classes(self)
+
+    @property
+    def padding(self) -> str:
+        """ "auto", "exact" or "skip"; see `set_padding`."""
+        return self._padding
+
+    def set_padding(self, padding: str) -> Any:
+        """Choose what becomes of padding positions; returns the model.
+
+        "exact": computed, as transformers does. "skip": not computed; they hold zeros in every returned tensor, only
+        position 0 of each sequence always is. "auto" (default): "skip" where nobody can see the difference (heads
+        that read the first token, no hidden states or attentions asked for), "exact" elsewhere.
+
+        Raises ValueError for any other value.
+        """
+        check_padding(padding)
+        for module in self.modules():
+            if isinstance(module, _Fast):
+                module._padding = padding
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, padding: str = "auto", **kwargs: Any) -> Any:
+        """transformers' from_pretrained, and `padding` (see `set_padding`)."""
+        check_padding(padding)
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).set_padding(padding)
+        return loaded
+
+
+class BertModel(_Fast, hf.BertModel):
+    """transformers' BertModel on fused kernels: same arguments, same outputs, real attentions on request.
+
+    Follows transformers/models/bert/modeling_bert.py. Where a call cannot take the fused path, transformers' own
+    forward runs, with the same result; `bert_fast.explain(model, **inputs)` says which and why.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """input_ids (B, S) int or inputs_embeds (B, S, hidden); attention_mask (B, S) or 4-D; see `checks.py` for errors.
+
+        Returns transformers' BaseModelOutputWithPoolingAndCrossAttentions: last_hidden_state (B, S, hidden),
+        pooler_output (B, hidden), on request hidden_states (L + 1 of (B, S, hidden)) and attentions
+        (L of (B, heads, S, S), after softmax).
+        """
+        first_token_only = kwargs.pop(FIRST_TOKEN_ONLY, False)
+        tensors = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        others = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values,
+        }
+        if torch.compiler.is_compiling():  # before anything that a compiler would have to trace
+            return super().forward(**tensors, **others, use_cache=use_cache, **kwargs)
+        reason = encoder_reason(self, tensors, others, kwargs)
+        if reason is not None:
+            warn_once(reason)
+            return super().forward(**tensors, **others, use_cache=use_cache, **kwargs)
+        hidden_states, attentions = output_flags(self, kwargs)
+        return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
+        check_one_of(input_ids, inputs_embeds)
+        B, S = check_inputs(self, **tensors)
+        skip = resolve_padding(self._padding, first_token_only, bool(hidden_states or attentions)) == "skip"
+        device = self.embeddings.word_embeddings.weight.device
+        uniform_empty = self.config._attn_implementation == "eager"
+        packing = make_packing(attention_mask, B, S, device, skip, uniform_empty)
+        encoded = encode(
+            self, packing, input_ids, token_type_ids, position_ids, inputs_embeds, bool(hidden_states), bool(attentions)
+        )
+        return make_outputs(encoded, hidden_states, attentions, return_dict)
+
+
+def output_flags(model: hf.BertModel, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """(output_hidden_states, output_attentions) of a call, from its arguments or the config, as upstream reads them."""
+    return tuple(kwargs.get(name, getattr(model.config, name, False)) for name in FLAGS)  # type: ignore[return-value]
+
+
+FLAGS = ("output_hidden_states", "output_attentions")
+
+
+def encoder_reason(
+    model: BertModel, tensors: dict[str, Any], others: dict[str, Any], kwargs: dict[str, Any]
+) -> str | None:
+    """Why this call of a BertModel is not for the encoder tier, or None."""
+    return (
+        surroundings_reason(model.embeddings.position_ids.device.type)
+        or model_reason(model)
+        or call_reason(tensors, others, kwargs)
+    )
+
+
+class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
+    """The masked-LM head's dense, activation and LayerNorm: two launches."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states (..., hidden); returns the same shape."""
+        if torch.compiler.is_compiling() or transform_reason(self, hidden_states) is not None:
+            return super().forward(hidden_states)
+        rows = linear(hidden_states.reshape(-1, hidden_states.shape[-1]), self.dense.weight, self.dense.bias, None)
+        norm = self.LayerNorm
+        act = activation_name(self.transform_act_fn)
+        return gelu_layer_norm(rows, norm.weight, norm.bias, norm.eps, act).view(hidden_states.shape)
+
+
+def transform_reason(transform: torch.nn.Module, hidden_states: torch.Tensor | None) -> str | None:
+    """Why a BertPredictionHeadTransform runs transformers' code (for these hidden states, where given)."""
+    weight = transform.dense._parameters.get("weight")
+    if transform.training:
+        return "is in training mode"
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
+        return "dense has no ordinary weight"
+    size = weight.shape[1]
+    if hidden_states is not None and (
+        type(hidden_states) is not torch.Tensor
+        or hidden_states.dtype != weight.dtype
+        or hidden_states.device != weight.device
+        or hidden_states.shape[-1] != size
+        or hidden_states.numel() == 0
+    ):
+        return "input differs from the weight in dtype, device or size"
+    return (
+        unsupported_reason(weight.device)
+        or surroundings_reason(weight.device.type)
+        or linear_reason(transform.dense, size, size, weight)
+        or activation_reason(transform.transform_act_fn)
+        or layer_norm_reason(transform.LayerNorm, size, weight)
+    )
+
+
+class _FirstTokenHead(_Fast):
+    """A head that reads only pooler_output: tells its BertModel, which may then skip padding (padding="auto")."""
+
+    def _call(self, upstream_forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bert = self.bert
+        if type(bert) is BertModel and not bert._forward_hooks and not bert._forward_pre_hooks:
+            kwargs[FIRST_TOKEN_ONLY] = True
+        return upstream_forward(*args, **kwargs)
+
+
+class BertForPreTraining(_Fast, hf.BertForPreTraining):
+    __doc__ = hf.BertForPreTraining.__doc__
+
+
+class BertLMHeadModel(_Fast, hf.BertLMHeadModel):
+    __doc__ = hf.BertLMHeadModel.__doc__
+
+
+class BertForMaskedLM(_Fast, hf.BertForMaskedLM):
+    __doc__ = hf.BertForMaskedLM.__doc__
+
+
+class BertForNextSentencePrediction(_FirstTokenHead, hf.BertForNextSentencePrediction):
+    __doc__ = hf.BertForNextSentencePrediction.__doc__
+
+    @functools.wraps(hf.BertForNextSentencePrediction.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(super().forward, args, kwargs)
+
+
+class BertForSequenceClassification(_FirstTokenHead, hf.BertForSequenceClassification):
+    __doc__ = hf.BertForSequenceClassification.__doc__
+
+    @functools.wraps(hf.BertForSequenceClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(super().forward, args, kwargs)
+
+
+class BertForMultipleChoice(_FirstTokenHead, hf.BertForMultipleChoice):
+    __doc__ = hf.BertForMultipleChoice.__doc__
+
+    @functools.wraps(hf.BertForMultipleChoice.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(super().forward, args, kwargs)
+
+
+class BertForTokenClassification(_Fast, hf.BertForTokenClassification):
+    __doc__ = hf.BertForTokenClassification.__doc__
+
+
+class BertForQuestionAnswering(_Fast, hf.BertForQuestionAnswering):
+    __doc__ = hf.BertForQuestionAnswering.__doc__
+
+
+SWAPS: dict[type, type] = {
+    getattr(hf, cls.__name__): cls
+    for cls in (BertModel, BertSelfAttention, BertCrossAttention, BertPredictionHeadTransform)
+}
+
+
+def swap_classes(model: torch.nn.Module) -> None:
+    """Give every module of an exact transformers class in SWAPS our subclass of it, in place."""
+    for module in model.modules():
+        ours = SWAPS.get(type(module))
+        if ours is not None:
+            module.__class__ = ours
+            if ours is BertModel:  # transformers looks the outputs to capture up by class
+                key = module if SELECTS_HIDDEN_STATES else str(ours)
+                output_capturing._CAN_RECORD_REGISTRY[key] = module._can_record_outputs

@@ -1,0 +1,46 @@
+"""transformers' output structure, built from what the encoder tier returns.
+
+Upstream collects hidden_states and attentions by hooks (transformers/utils/output_capturing.py); here the same keys,
+in the same order, from lists. `output_hidden_states` may be a selection, whose meaning changed between versions:
+up to 5.17 a list of layer outputs, later indices of hidden states, negative ones and a single one too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils import output_capturing
+
+from bert_fast.encoder import Encoded
+
+SELECTS_HIDDEN_STATES = hasattr(output_capturing, "selected_hidden_states")  # later than 5.17
+
+
+def select_hidden_states(hidden: list[torch.Tensor], wanted: Any) -> tuple[torch.Tensor | None, ...]:
+    """The tuple upstream returns for `output_hidden_states=wanted` (truthy), from all L + 1 hidden states."""
+    if isinstance(wanted, bool) or (isinstance(wanted, int) and not SELECTS_HIDDEN_STATES):
+        return tuple(hidden)
+    if SELECTS_HIDDEN_STATES:
+        n = len(hidden)
+        indices = {i % n for i in ([wanted] if isinstance(wanted, int) else wanted) if -n <= i < n}
+        return tuple(h if i in indices else None for i, h in enumerate(hidden))
+    if isinstance(wanted, (list, tuple, set)):
+        return tuple(h if i in set(wanted) else None for i, h in enumerate(hidden[1:]))
+    return tuple(hidden)
+
+
+def make_outputs(
+    encoded: Encoded, hidden_states: Any, attentions: Any, return_dict: bool | None
+) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+    """hidden_states, attentions: the flags as the caller gave them; return_dict False gives the tuple."""
+    outputs = BaseModelOutputWithPoolingAndCrossAttentions(
+        last_hidden_state=encoded.last, pooler_output=encoded.pooled
+    )
+    if hidden_states:
+        outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states)
+    if attentions:
+        outputs["attentions"] = tuple(encoded.attentions)
+        outputs["cross_attentions"] = ()  # as upstream: asked for, and an encoder has none
+    return outputs.to_tuple() if return_dict is False else outputs

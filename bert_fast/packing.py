@@ -1,0 +1,65 @@
+"""Padding modes and the packed rows of one call: what every kernel of the forward shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bert_fast.kernels.pack import pack
+
+PADDING_MODES = ("auto", "exact", "skip")
+
+
+def check_padding(padding: str) -> str:
+    if padding not in PADDING_MODES:
+        raise ValueError(f"padding={padding!r}: expected one of {', '.join(map(repr, PADDING_MODES))}")
+    return padding
+
+
+def resolve_padding(padding: str, first_token_only: bool, returns_positions: bool) -> str:
+    """"exact" or "skip" for one call.
+
+    first_token_only: a head reads nothing but the pooler; returns_positions: hidden states or attentions leave the
+    model too. "auto" skips only where nobody can see the difference.
+    """
+    if padding == "auto":
+        return "skip" if first_token_only and not returns_positions else "exact"
+    return padding
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Row <-> token map and lengths of one call, from kernels/pack.py."""
+
+    B: int
+    S: int
+    identity: bool  # known on the host: row r is token r, so rows (T, H) are the padded tensor (B, S, H)
+    token: torch.Tensor  # int32 (B * S,)
+    cu_seqlens: torch.Tensor  # int32 (B + 1,)
+    kv_len: torch.Tensor  # int32 (B,)
+    prefix: torch.Tensor  # int32 (B,)
+    n_rows: torch.Tensor | None  # int32 (1,) on the device, or None: all B * S
+    bias: torch.Tensor | None  # additive, broadcasts to (B, heads, S, S)
+
+
+def make_packing(
+    mask: torch.Tensor | None, B: int, S: int, device: torch.device, skip: bool, uniform_empty: bool
+) -> Packing:
+    """Packing of one call. mask: (B, S) of any dtype, 4-D additive float, 4-D bool (keep), or None.
+
+    uniform_empty: rows without any key get uniform weights (eager) rather than a context of zeros (sdpa).
+    """
+    bias = None
+    if mask is not None and mask.dim() == 4:
+        bias, mask = mask, None
+        if bias.dtype == torch.bool:
+            fill = torch.finfo(torch.float32).min if uniform_empty else float("-inf")
+            bias = torch.zeros(bias.shape, dtype=torch.float32, device=device).masked_fill_(~bias, fill)
+    identity = mask is None
+    if mask is None:
+        mask = torch.ones((), dtype=torch.uint8, device=device).expand(B, S)
+    skip = skip and not identity
+    token, cu_seqlens, kv_len, prefix = pack(mask.to(device), skip)
+    n_rows = cu_seqlens[B:] if skip else None
+    return Packing(B, S, identity, token, cu_seqlens, kv_len, prefix, n_rows, bias)

@@ -1,0 +1,283 @@
+"""Which tier runs a call: pure functions from (module, call) to the reason why not the encoder tier, or None.
+
+Encoder tier: the whole model on packed rows through our ops. Upstream tier: transformers' own forward, same result.
+A module is plain when running its parameters through our ops is what calling it would do: transformers' or torch's
+exact class, no hook, no parametrization, no replaced forward, ordinary parameters of the model's dtype and device.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from transformers import activations
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils import output_capturing
+
+from bert_fast.kernels.attention import MAX_HEAD_DIM
+from bert_fast.kernels.runtime import unsupported_reason
+
+logger = logging.getLogger("bert_fast")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+# arguments of forward that our path understands or that transformers' BERT ignores
+NEUTRAL_KWARGS = {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"}
+
+# class of hidden_act's module in transformers.activations or torch.nn -> act of our kernels
+ACTIVATIONS: dict[type, str] = {
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    getattr(activations, "SiLUActivation", nn.SiLU): "silu",
+}
+
+
+def _nested_code(function: Any, name: str) -> CodeType:
+    return next(c for c in function.__code__.co_consts if isinstance(c, CodeType) and c.co_name == name)
+
+
+# transformers leaves this hook on layers and attentions after a first call that asked for outputs; it only reads
+CAPTURE_HOOK = _nested_code(output_capturing.install_output_capuring_hook, "output_capturing_hook")
+
+
+def _hook_reason(module: nn.Module) -> str | None:
+    if module._forward_hooks:
+        for hook in module._forward_hooks.values():
+            if getattr(hook, "__code__", None) is not CAPTURE_HOOK:
+                return "has a forward hook"
+    if module._forward_pre_hooks:
+        return "has a forward pre-hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has a backward hook"
+    if "forward" in module.__dict__:
+        return "has a replaced forward"
+    return None
+
+
+def module_reason(module: nn.Module | None, expected: type) -> str | None:
+    """Why `module` is not simply an `expected` (its upstream class or our subclass of the same name)."""
+    cls = type(module)
+    if cls is not expected and not (cls.__bases__[-1] is expected and cls.__module__.startswith("bert_fast.")):
+        return f"is a {cls.__module__}.{cls.__qualname__}, not {expected.__module__}.{expected.__qualname__}"
+    assert module is not None
+    if module.training:
+        return "is in training mode"
+    return _hook_reason(module)
+
+
+def _tensor_reason(tensor: Any, name: str, shape: tuple[int, ...], like: torch.Tensor) -> str | None:
+    if type(tensor) is not nn.Parameter and type(tensor) is not torch.Tensor:
+        return f"{name} is a {type(tensor).__name__}"
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        return f"{name} is {tensor.dtype} on {tensor.device}, the model {like.dtype} on {like.device}"
+    if tuple(tensor.shape) != shape:
+        return f"{name} has shape {tuple(tensor.shape)}, expected {shape}"
+    if not tensor.is_contiguous():
+        return f"{name} is not contiguous"
+    return None
+
+
+def linear_reason(module: nn.Module, in_features: int, out_features: int, like: torch.Tensor) -> str | None:
+    """Why `module` is not a plain nn.Linear(in_features, out_features) with a bias."""
+    return (
+        module_reason(module, nn.Linear)
+        or _tensor_reason(module._parameters.get("weight"), "weight", (out_features, in_features), like)
+        or _tensor_reason(module._parameters.get("bias"), "bias", (out_features,), like)
+    )
+
+
+def layer_norm_reason(module: nn.Module, size: int, like: torch.Tensor) -> str | None:
+    """Why `module` is not a plain nn.LayerNorm over `size` with weight and bias."""
+    return (
+        module_reason(module, nn.LayerNorm)
+        or _tensor_reason(module._parameters.get("weight"), "weight", (size,), like)
+        or _tensor_reason(module._parameters.get("bias"), "bias", (size,), like)
+    )
+
+
+def _embedding_reason(module: nn.Module, like: torch.Tensor) -> str | None:
+    reason = module_reason(module, nn.Embedding)
+    if reason is None and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        reason = "uses max_norm, sparse or scale_grad_by_freq"
+    weight = module._parameters.get("weight")
+    rows = weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() else 0
+    return reason or _tensor_reason(weight, "weight", (rows, like.shape[1]), like)
+
+
+def activation_name(module: Any) -> str | None:
+    """The kernels' name of the module that hidden_act made, None where the kernels have no such activation."""
+    return ACTIVATIONS.get(type(module))
+
+
+def activation_reason(module: Any) -> str | None:
+    if activation_name(module) is None:
+        return f"activation {type(module).__name__} has no kernel"
+    return module_reason(module, type(module))
+
+
+def _parts_reason(path: str, parts: list[tuple[str, str | None]]) -> str | None:
+    for name, reason in parts:
+        if reason is not None:
+            return f"{path}{'.' if name else ''}{name} {reason}"
+    return None
+
+
+def embeddings_reason(module: nn.Module, like: torch.Tensor) -> str | None:
+    reason = module_reason(module, hf.BertEmbeddings)
+    return _parts_reason(
+        "embeddings",
+        [("", reason)]
+        if reason
+        else [
+            ("word_embeddings", _embedding_reason(module.word_embeddings, like)),
+            ("position_embeddings", _embedding_reason(module.position_embeddings, like)),
+            ("token_type_embeddings", _embedding_reason(module.token_type_embeddings, like)),
+            ("LayerNorm", layer_norm_reason(module.LayerNorm, like.shape[1], like)),
+            ("dropout", module_reason(module.dropout, nn.Dropout)),
+        ],
+    )
+
+
+def _output_reason(module: nn.Module, expected: type, in_features: int, hidden: int, like: torch.Tensor) -> str | None:
+    reason = module_reason(module, expected)
+    if reason:
+        return reason
+    for name, part in (
+        ("dense", linear_reason(module.dense, in_features, hidden, like)),
+        ("LayerNorm", layer_norm_reason(module.LayerNorm, hidden, like)),
+        ("dropout", module_reason(module.dropout, nn.Dropout)),
+    ):
+        if part is not None:
+            return f"({name}) {part}"
+    return None
+
+
+def layer_reason(layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
+    """Why one BertLayer cannot run on our ops; `like` is the word table, for dtype, device and hidden size."""
+    hidden = like.shape[1]
+    reason = module_reason(layer, hf.BertLayer)
+    if reason is None and (layer.is_decoder or layer.add_cross_attention):
+        reason = "is a decoder layer"
+    if reason is None and layer.chunk_size_feed_forward:
+        reason = f"chunks its feed-forward by {layer.chunk_size_feed_forward}"
+    if reason:
+        return f"{path} {reason}"
+    attention, inter = layer.attention, layer.intermediate
+    for name, reason in (
+        ("attention", module_reason(attention, hf.BertAttention)),
+        ("attention.self", module_reason(attention.self, hf.BertSelfAttention)),
+        ("intermediate", module_reason(inter, hf.BertIntermediate)),
+    ):
+        if reason:
+            return f"{path}.{name} {reason}"
+    own = attention.self
+    if own.num_attention_heads * own.attention_head_size != hidden or own.is_decoder or own.is_causal:
+        return f"{path}.attention.self is causal or has heads that do not make up the hidden size"
+    if own.attention_head_size > MAX_HEAD_DIM:
+        return f"{path}.attention.self has head_dim {own.attention_head_size}, the kernels take up to {MAX_HEAD_DIM}"
+    wide = getattr(inter.dense, "out_features", 0)
+    return _parts_reason(
+        path,
+        [
+            ("attention.self.query", linear_reason(own.query, hidden, hidden, like)),
+            ("attention.self.key", linear_reason(own.key, hidden, hidden, like)),
+            ("attention.self.value", linear_reason(own.value, hidden, hidden, like)),
+            # hooks on this dropout never fire upstream: only its p and the parent's training flag are read
+            ("attention.output", _output_reason(attention.output, hf.BertSelfOutput, hidden, hidden, like)),
+            ("intermediate.dense", linear_reason(inter.dense, hidden, wide, like)),
+            ("intermediate.intermediate_act_fn", activation_reason(inter.intermediate_act_fn)),
+            ("output", _output_reason(layer.output, hf.BertOutput, wide, hidden, like)),
+        ],
+    )
+
+
+def pooler_reason(pooler: nn.Module, like: torch.Tensor) -> str | None:
+    reason = module_reason(pooler, hf.BertPooler)
+    hidden = like.shape[1]
+    return _parts_reason(
+        "pooler",
+        [("", reason)]
+        if reason
+        else [
+            ("dense", linear_reason(pooler.dense, hidden, hidden, like)),
+            ("activation", module_reason(pooler.activation, nn.Tanh)),
+        ],
+    )
+
+
+def model_reason(model: nn.Module) -> str | None:
+    """Why the modules of a BertModel cannot run on the encoder tier."""
+    config = model.config
+    if model.training:
+        return "the model is in training mode"
+    if config.is_decoder or getattr(config, "is_causal", False):
+        return "the model is a decoder"
+    if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+        return f"attn_implementation={config._attn_implementation!r} was chosen"
+    if type(model)._create_attention_masks is not hf.BertModel._create_attention_masks:
+        return "the class makes its own attention masks"
+    word = getattr(getattr(model.embeddings, "word_embeddings", None), "weight", None)
+    if not isinstance(word, torch.Tensor) or word.dim() != 2:
+        return "embeddings.word_embeddings has no ordinary table"
+    if word.dtype not in DTYPES:
+        return f"parameters are {word.dtype}"
+    reason = unsupported_reason(word.device) or embeddings_reason(model.embeddings, word)
+    reason = reason or _parts_reason("encoder", [("", module_reason(model.encoder, hf.BertEncoder))])
+    if reason:
+        return reason
+    if type(model.encoder.layer) is not nn.ModuleList or not len(model.encoder.layer):
+        return "encoder.layer is not an ordinary list of layers"
+    for i, layer in enumerate(model.encoder.layer):
+        reason = layer_reason(layer, f"encoder.layer.{i}", word)
+        if reason:
+            return reason
+    return None if model.pooler is None else pooler_reason(model.pooler, word)
+
+
+def surroundings_reason(device_type: str) -> str | None:
+    """What around the call (compilers, transforms, autocast, global hooks) our ops do not go through."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the call is being compiled, exported or traced"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the call is under a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "the call is under forward-mode differentiation"
+    if torch.is_autocast_enabled(device_type):
+        return "autocast is on"
+    if nn_module._has_any_global_hook():
+        return "a global module hook is installed"
+    return None
+
+
+def call_reason(tensors: dict[str, Any], unused: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
+    """What about the arguments of one forward call needs transformers' code."""
+    for name, value in unused.items():
+        if value is not None:
+            return f"{name} was given"
+    for name in kwargs:
+        if name not in NEUTRAL_KWARGS:
+            return f"argument {name!r} is left to transformers"
+    for name, value in tensors.items():
+        if value is not None and type(value) not in (torch.Tensor, nn.Parameter):
+            return f"{name} is a {type(value).__name__}"
+    mask = tensors["attention_mask"]
+    if mask is not None and mask.dim() == 4 and not (mask.is_floating_point() or mask.dtype == torch.bool):
+        return "attention_mask is a 4-D integer mask"
+    return None
+
+
+_warned: set[str] = set()
+
+
+def warn_once(reason: str) -> None:
+    """Say once per reason that transformers' own code runs."""
+    if reason not in _warned:
+        _warned.add(reason)
+        logger.warning("transformers' own forward runs, not the fused one: %s", reason)
