@@ -43,7 +43,7 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
         ((n, m) for n, m in model.named_modules() if isinstance(m, modeling.BertModel)), (None, None)
     )
     if bert is None:
-        raise TypeError(f"model is a {type(model).__name__}: expected a bert_fast model or one that contains a BertModel")
+        raise TypeError(f"model is a {type(model).__name__}, expected a model with a bert_fast BertModel in it")
     tensors = {
         key: inputs.get(key)
         for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")

@@ -94,7 +94,7 @@ class BertModel(_Fast, hf.BertModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """input_ids (B, S) int or inputs_embeds (B, S, hidden); attention_mask (B, S) or 4-D; see `checks.py` for errors.
+        """input_ids (B, S) int or inputs_embeds (B, S, hidden); attention_mask (B, S) or 4-D; errors: `checks.py`.
 
         Returns transformers' BaseModelOutputWithPoolingAndCrossAttentions: last_hidden_state (B, S, hidden),
         pooler_output (B, hidden), on request hidden_states (L + 1 of (B, S, hidden)) and attentions

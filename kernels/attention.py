@@ -19,15 +19,7 @@ import torch.nn.functional as F
 
 from bert_fast.kernels.configs import TileConfig, choose
 from bert_fast.kernels.registry import register
-from bert_fast.kernels.runtime import (
-    capability,
-    ceil_div,
-    device_guard,
-    dot_precision,
-    next_power_of_2,
-    tl,
-    triton,
-)
+from bert_fast.kernels.runtime import capability, ceil_div, device_guard, dot_precision, next_power_of_2, tl, triton
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,17 +34,9 @@ def _padded_rows(cu_seqlens: torch.Tensor, S: int, T: int) -> tuple[torch.Tensor
 
 
 def attention_ref(
-    qkv: torch.Tensor,
-    bias: torch.Tensor | None,
-    token: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    kv_len: torch.Tensor,
-    prefix: torch.Tensor,
-    heads: int,
-    scale: float,
-    want_probs: bool,
-    uniform_empty: bool,
-) -> Triple:
+    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
+    prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
+) -> Triple:  # fmt: skip
     """qkv (T, 3 * heads * D) packed rows; bias broadcastable to (B, heads, S, S) or None (with it, rows are tokens).
 
     token (T,), cu_seqlens (B+1,), kv_len (B,), prefix (B,) int32 from `pack`; T = B * S. Returns context
@@ -122,9 +106,10 @@ def _scores(
     if HAS_BIAS:
         # a bias of finfo.min must not overflow when all keys have it, so it is not folded into base 2
         if MASK_KEYS:
-            s += tl.load(bias_ptrs + cols[None, :] * stride_bias_k, mask=cols[None, :] < kv_len, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptrs + cols[None, :] * stride_bias_k, mask=cols[None, :] < kv_len, other=0.0)
         else:
-            s += tl.load(bias_ptrs + cols[None, :] * stride_bias_k).to(tl.float32)
+            bias = tl.load(bias_ptrs + cols[None, :] * stride_bias_k)
+        s += bias.to(tl.float32)
     if MASK_KEYS:
         s = tl.where(cols[None, :] < kv_len, s, float("-inf"))
     return s
@@ -133,6 +118,12 @@ def _scores(
 @triton.jit
 def _exp(x, HAS_BIAS: tl.constexpr):
     return tl.math.exp2(x * LOG2E) if HAS_BIAS else tl.math.exp2(x)
+
+
+@triton.jit
+def _safe_max(row_max, HAS_BIAS: tl.constexpr):
+    """Only a bias can make every score of a row -inf so far; then exp(-inf - 0) = 0 where -inf - -inf is NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max) if HAS_BIAS else row_max
 
 
 @triton.jit
@@ -151,54 +142,52 @@ def _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS: tl.constexpr, MAS
 
 @triton.jit
 def _online_step(
-    acc, m, l, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    acc, row_max, row_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
     HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    m_new = tl.maximum(m, tl.max(s, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row of -inf so far: exp(-inf - 0) = 0
-    p = _exp(s - m_safe[:, None], HAS_BIAS)
-    alpha = _exp(m - m_safe, HAS_BIAS)
-    l = l * alpha + tl.sum(p, 1)
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    safe_max = _safe_max(new_max, HAS_BIAS)
+    p = _exp(s - safe_max[:, None], HAS_BIAS)
+    alpha = _exp(row_max - safe_max, HAS_BIAS)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
     v = _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS, MASK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, m_new, l
+    return acc, new_max, row_sum
 
 
 @triton.jit
 def _sum_step(
-    m, l, q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    row_max, row_sum, q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
     HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    m_new = tl.maximum(m, tl.max(s, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    l = l * _exp(m - m_safe, HAS_BIAS) + tl.sum(_exp(s - m_safe[:, None], HAS_BIAS), 1)
-    return m_new, l
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    safe_max = _safe_max(new_max, HAS_BIAS)
+    row_sum = row_sum * _exp(row_max - safe_max, HAS_BIAS) + tl.sum(_exp(s - safe_max[:, None], HAS_BIAS), 1)
+    return new_max, row_sum
 
 
 @triton.jit
 def _probs_step(
-    acc, shift, inv_l, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask,
-    key_token_ptr, first_token, S,
+    acc, shift, inv_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs,
+    row_mask, key_token_ptr, first_token,
     MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Probabilities of one key block to memory, and their share of P V."""
     s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     p = _exp(s - shift[:, None], HAS_BIAS)
     if HAS_BIAS:
-        p *= inv_l[:, None]
+        p *= inv_sum[:, None]
     p = p.to(row_ptrs.dtype.element_ty)
     cols = n + n_cols
-    inside = cols < kv_len
+    at = cols
     if MAPPED:
-        at = tl.load(key_token_ptr + cols, mask=inside, other=0) - first_token
-    else:
-        at = cols
+        at = tl.load(key_token_ptr + cols, mask=cols < kv_len, other=0) - first_token
     if MASK_KEYS:
-        tl.store(row_ptrs + at[None, :], p, mask=row_mask & inside[None, :])
-    else:
-        tl.store(row_ptrs + at[None, :], p, mask=row_mask)
+        row_mask = row_mask & (cols < kv_len)[None, :]
+    tl.store(row_ptrs + at[None, :], p, mask=row_mask)
     v = _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS, MASK_D)
     return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
@@ -214,6 +203,26 @@ def _store_zeros(row_ptrs, first, S, row_mask, token_ptr, start, q_len, dropped,
             place = tl.where(cols < q_len, start + cols, dropped + cols - q_len)
             at = tl.load(token_ptr + place, mask=cols < S, other=0) - first_token
         tl.store(row_ptrs + at[None, :], zero, mask=row_mask & (cols < S)[None, :])
+
+
+@triton.jit
+def _probs_pass(
+    acc, shift, inv_sum, q, k_ptrs, v_ptrs, step, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S,
+    MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Second pass over the keys: every column of the rows is stored, in place or (MAPPED) at its token's position."""
+    for n in range(0, full, BLOCK_N):
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        k_ptrs += step
+        v_ptrs += step
+    if full < kv_len:
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptrs, v_ptrs, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    _store_zeros(
+        row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED, BLOCK_N
+    )
+    return acc
 
 
 @triton.jit
@@ -258,59 +267,44 @@ def _attention_kernel(
         scale *= LOG2E  # exp2 is the hardware's exponential
     full = kv_len // BLOCK_N * BLOCK_N  # key blocks below `full` need no mask
     step = BLOCK_N * stride_t
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WANT_PROBS:
         keys = k_ptrs
         for n in range(0, full, BLOCK_N):
-            m, l = _sum_step(m, l, q, keys, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            row_max, row_sum = _sum_step(row_max, row_sum, q, keys, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
             keys += step
         if full < kv_len:
-            m, l = _sum_step(m, l, q, keys, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-        inv_l = 1.0 / tl.where(l > 0, l, 1.0)
-        if HAS_BIAS:  # m may be finfo.min, beside which log(l) vanishes: divide by l instead
-            shift = tl.where(l > 0, m, 0.0)
+            row_max, row_sum = _sum_step(row_max, row_sum, q, keys, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        inv_sum = 1.0 / tl.where(row_sum > 0, row_sum, 1.0)
+        if HAS_BIAS:  # row_max may be finfo.min, beside which log(row_sum) vanishes: divide by row_sum instead
+            shift = tl.where(row_sum > 0, row_max, 0.0)
         else:
-            shift = tl.where(l > 0, m + tl.math.log2(l), 0.0)
+            shift = tl.where(row_sum > 0, row_max + tl.math.log2(row_sum), 0.0)
         first_token = b * S
         dropped = tl.load(cu_seqlens_ptr + B) + first_token - start
         row_is_token = tl.where(rows < q_len, start + rows, dropped + rows - q_len)
         at = tl.load(token_ptr + row_is_token, mask=rows < S, other=0) - first_token
         row_ptrs = probs_ptr + (((b * H + h).to(tl.int64) * S + at) * S)[:, None]
         row_mask = (rows < q_len)[:, None]
-        in_place = tl.load(prefix_ptr + b) != 0  # right padding: contiguous stores, no gather of positions
-        keys = k_ptrs
-        values = v_ptrs
-        if in_place:
-            for n in range(0, full, BLOCK_N):
-                acc = _probs_step(acc, shift, inv_l, q, keys, values, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, False, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-                keys += step
-                values += step
-            if full < kv_len:
-                acc = _probs_step(acc, shift, inv_l, q, keys, values, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, False, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-            _store_zeros(row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
+        if tl.load(prefix_ptr + b) != 0:  # right padding: contiguous stores, no gather of positions
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptrs, v_ptrs, step, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         else:
-            for n in range(0, full, BLOCK_N):
-                acc = _probs_step(acc, shift, inv_l, q, keys, values, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, True, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-                keys += step
-                values += step
-            if full < kv_len:
-                acc = _probs_step(acc, shift, inv_l, q, keys, values, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, S, True, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-            _store_zeros(row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, True, BLOCK_N)  # noqa: E501  # fmt: skip
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptrs, v_ptrs, step, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         # the tokens that are no row: whole rows of zeros
         if (pid_m + 1) * BLOCK_M > q_len:
             _store_zeros(row_ptrs, 0, S, ((rows >= q_len) & (rows < S))[:, None], token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
     else:
         for n in range(0, full, BLOCK_N):
-            acc, m, l = _online_step(acc, m, l, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
             k_ptrs += step
             v_ptrs += step
         if full < kv_len:
-            acc, m, l = _online_step(acc, m, l, q, k_ptrs, v_ptrs, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-        acc = acc / tl.where(l > 0, l, 1.0)[:, None]
-    lse = m + tl.math.log2(l) / LOG2E if HAS_BIAS else (m + tl.math.log2(l)) / LOG2E
-    tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, tl.where(l > 0, lse, float("-inf")), mask=rows < q_len)
+            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptrs, v_ptrs, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    lse = row_max + tl.math.log2(row_sum) / LOG2E if HAS_BIAS else (row_max + tl.math.log2(row_sum)) / LOG2E
+    tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, tl.where(row_sum > 0, lse, float("-inf")), mask=rows < q_len)
     out_ptrs = out_ptr + (start + rows).to(tl.int64)[:, None] * (H * D) + (h * D + d)[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
@@ -332,25 +326,15 @@ def _check(qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, kv
 
 
 def attention_cpu(
-    qkv: torch.Tensor,
-    bias: torch.Tensor | None,
-    token: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    kv_len: torch.Tensor,
-    prefix: torch.Tensor,
-    heads: int,
-    scale: float,
-    want_probs: bool,
-    uniform_empty: bool,
-) -> Triple:
+    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
+    prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
+) -> Triple:  # fmt: skip
     """torch's fused attention, all sequences at once where they are full, else one by one on their real rows."""
     _check(qkv, bias, token, kv_len, heads)
     B, T = kv_len.shape[0], qkv.shape[0]
     S, D = T // B, qkv.shape[1] // (3 * heads)
     if want_probs or bias is not None:
-        return attention_ref(
-            qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty
-        )
+        return attention_ref(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty)
     lse = qkv.new_empty(heads, T, dtype=torch.float32)
     starts, keys = cu_seqlens.tolist(), kv_len.tolist()
     if min(keys) == S:
@@ -377,24 +361,14 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tu
 
 
 def attention_triton(
-    qkv: torch.Tensor,
-    bias: torch.Tensor | None,
-    token: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    kv_len: torch.Tensor,
-    prefix: torch.Tensor,
-    heads: int,
-    scale: float,
-    want_probs: bool,
-    uniform_empty: bool,
+    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
+    prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
     config: TileConfig | None = None,
-) -> Triple:
+) -> Triple:  # fmt: skip
     _check(qkv, bias, token, kv_len, heads)
     B, T = kv_len.shape[0], qkv.shape[0]
     S, D = T // B, qkv.shape[1] // (3 * heads)
-    out, probs, lse = _attention_fake(
-        qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty
-    )
+    out, probs, lse = _attention_fake(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, False)
     op = "attention_probs" if want_probs else "attention"
     config = config or choose(op, "dim<=64" if D <= 64 else "dim<=128", qkv.dtype, capability(qkv.device))
     bias_strides = (0, 0, 0, 0)
@@ -407,23 +381,15 @@ def attention_triton(
             WANT_PROBS=want_probs, UNIFORM_EMPTY=uniform_empty, HAS_BIAS=bias is not None,
             PRECISION=dot_precision(qkv.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_D=max(16, next_power_of_2(D)),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, probs, lse
 
 
 def _attention_fake(
-    qkv: torch.Tensor,
-    bias: torch.Tensor | None,
-    token: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    kv_len: torch.Tensor,
-    prefix: torch.Tensor,
-    heads: int,
-    scale: float,
-    want_probs: bool,
-    uniform_empty: bool,
-) -> Triple:
+    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
+    prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
+) -> Triple:  # fmt: skip
     B, T = kv_len.shape[0], qkv.shape[0]
     S = T // B
     probs = qkv.new_empty((B, heads, S, S) if want_probs else 0)

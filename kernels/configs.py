@@ -49,7 +49,7 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "fp32" if dtype == torch.float32 else "half"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table(arch: str) -> dict[str, TileConfig]:
     """All entries of `arch` ("sm90", ...), the generic ones where it has none of its own."""
     merged: dict[str, TileConfig] = {}

@@ -25,22 +25,11 @@ from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
 
 
 def embed_layer_norm_ref(
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    word: torch.Tensor,
-    token_type: torch.Tensor,
-    position: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    padding_idx: int,
-    token: torch.Tensor,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     """input_ids (B, S) or inputs_embeds (B, S, N), exactly one; token_type_ids, position_ids (B, S), strides of 0 fine.
 
     word (V, N), token_type (types, N), position (P, N) tables; weight, bias (N,); padding_idx: the word row
@@ -116,7 +105,7 @@ def _check(
     check_layer_norm("embed_layer_norm", word, weight, bias)
     for name, t in {"word": word, **tables}.items():
         if t.dim() != 2 or t.shape[1] != word.shape[1] or not t.is_contiguous():
-            raise ValueError(f"embed_layer_norm: {name} is {tuple(t.shape)}, expected (rows, {word.shape[1]}) contiguous")
+            raise ValueError(f"embed_layer_norm: {name} is {tuple(t.shape)}, expected dense (rows, {word.shape[1]})")
     shape = tuple(input_ids.shape) if inputs_embeds is None else tuple(inputs_embeds.shape[:2])  # type: ignore[union-attr]
     for name, t in indices.items():
         if tuple(t.shape) != shape:
@@ -126,22 +115,11 @@ def _check(
 
 
 def embed_layer_norm_cpu(
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    word: torch.Tensor,
-    token_type: torch.Tensor,
-    position: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    padding_idx: int,
-    token: torch.Tensor,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     tables = {"token_type": token_type, "position": position}
     indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
     _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
@@ -152,22 +130,11 @@ def embed_layer_norm_cpu(
 
 
 def embed_layer_norm_triton(
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    word: torch.Tensor,
-    token_type: torch.Tensor,
-    position: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    padding_idx: int,
-    token: torch.Tensor,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     tables = {"token_type": token_type, "position": position}
     indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
     _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
@@ -182,36 +149,25 @@ def embed_layer_norm_triton(
             word, token_type, position, weight, bias, rows, padded, token, n_rows,
             S, N, word.shape[0], token_type.shape[0], position.shape[0], eps,
             HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows,
-            WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N),
+            WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,
         )  # fmt: skip
     return rows, padded
 
 
 def _embed_layer_norm_fake(
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    word: torch.Tensor,
-    token_type: torch.Tensor,
-    position: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    padding_idx: int,
-    token: torch.Tensor,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     shape = (token.shape[0], word.shape[1])
     return word.new_empty(shape if want_rows else 0), word.new_empty(shape if want_padded else 0)
 
 
 embed_layer_norm = register(
-    "embed_layer_norm(Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids, Tensor word,"
-    " Tensor token_type, Tensor position, Tensor weight, Tensor bias, float eps, int padding_idx, Tensor token, Tensor? n_rows,"
-    " bool want_rows, bool want_padded) -> (Tensor, Tensor)",
+    "embed_layer_norm(Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids,"
+    " Tensor word, Tensor token_type, Tensor position, Tensor weight, Tensor bias, float eps, int padding_idx,"
+    " Tensor token, Tensor? n_rows, bool want_rows, bool want_padded) -> (Tensor, Tensor)",
     ref=embed_layer_norm_ref,
     cpu=embed_layer_norm_cpu,
     cuda=embed_layer_norm_triton,

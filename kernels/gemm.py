@@ -199,6 +199,7 @@ def gemm_triton(
         "GROUP_M": GROUP_M,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
     }
     on_chip = x.device.type != "cuda" or supports_tma(x.device)  # the interpreter emulates descriptors
     with device_guard(x):

@@ -119,10 +119,10 @@ def pack_triton(mask: torch.Tensor, skip: bool) -> Packed:
     BLOCK_S = min(next_power_of_2(S), 1024)
     with device_guard(mask):
         if q_len is not None:
-            _row_count_kernel[(B,)](mask, *mask.stride(), q_len, S, BLOCK_S=BLOCK_S, num_warps=4)
+            _row_count_kernel[(B,)](mask, *mask.stride(), q_len, S, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True)
         _pack_kernel[(B,)](
             mask, *mask.stride(), q_len, token, cu_seqlens, kv_len, prefix, B, S,
-            SKIP=skip, BLOCK_B=min(next_power_of_2(B), 1024), BLOCK_S=BLOCK_S, num_warps=4,
+            SKIP=skip, BLOCK_B=min(next_power_of_2(B), 1024), BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return token, cu_seqlens, kv_len, prefix
 

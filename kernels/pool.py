@@ -67,7 +67,7 @@ def pool_triton(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
             hidden, weight, bias, y, B, N, K, hidden.stride(0), weight.stride(0),
             PRECISION=dot_precision(hidden.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 

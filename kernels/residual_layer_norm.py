@@ -27,16 +27,9 @@ def to_padded(rows: torch.Tensor, token: torch.Tensor | None, n: int) -> torch.T
 
 
 def residual_layer_norm_ref(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    token: torch.Tensor | None,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     """x, residual (T, N); weight, bias (N,); token int32 (T,) for the padded output; n_rows int32 (1,) or None (all T).
 
     Returns (rows (T, N), padded (T, N)), empty where not wanted.
@@ -120,16 +113,9 @@ def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: 
 
 
 def residual_layer_norm_cpu(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    token: torch.Tensor | None,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     _check(x, residual, weight, bias)
     n = used_rows(x, n_rows)
     y = F.layer_norm(x[:n] + residual[:n], (x.shape[1],), weight, bias, eps)
@@ -142,16 +128,9 @@ def residual_layer_norm_cpu(
 
 
 def residual_layer_norm_triton(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    token: torch.Tensor | None,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     _check(x, residual, weight, bias)
     rows, padded = _residual_layer_norm_fake(x, residual, weight, bias, eps, token, n_rows, want_rows, want_padded)
     T, N = x.shape
@@ -161,22 +140,15 @@ def residual_layer_norm_triton(
             _residual_layer_norm_kernel[(T,)](
                 x, residual, weight, bias, rows, padded, token, n_rows, x.stride(0), residual.stride(0), N, eps,
                 HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows, WANT_PADDED=want_padded, BLOCK_N=BLOCK_N,
-                num_warps=num_warps(BLOCK_N),
+                num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,
             )  # fmt: skip
     return rows, padded
 
 
 def _residual_layer_norm_fake(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    token: torch.Tensor | None,
-    n_rows: torch.Tensor | None,
-    want_rows: bool,
-    want_padded: bool,
-) -> Pair:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
     return x.new_empty(x.shape if want_rows else 0), x.new_empty(x.shape if want_padded else 0)
 
 

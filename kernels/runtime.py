@@ -48,7 +48,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _properties(index: int) -> tuple[tuple[int, int], int]:
     p = torch.cuda.get_device_properties(index)
     return (p.major, p.minor), p.multi_processor_count
