@@ -87,21 +87,27 @@ def _positions(token: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.T
 
 
 @triton.jit
+def _load(ptrs, key_mask, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
+    """A block of keys or values; no mask where none is needed. Masked: 0, since 0 * undefined memory may be NaN."""
+    if MASK_KEYS and MASK_D:
+        x = tl.load(ptrs, mask=key_mask & d_mask, other=0.0)
+    elif MASK_KEYS:
+        x = tl.load(ptrs, mask=key_mask, other=0.0)
+    elif MASK_D:
+        x = tl.load(ptrs, mask=d_mask, other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
+
+
+@triton.jit
 def _scores(
     q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
     HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of one key block; in units of ln 2 (scale carries log2(e)), with a bias in natural units."""
     cols = n + n_cols
-    if MASK_KEYS:
-        mask = cols[None, :] < kv_len
-        if MASK_D:
-            mask = mask & d_mask[:, None]
-        k = tl.load(k_ptrs, mask=mask, other=0.0)
-    elif MASK_D:
-        k = tl.load(k_ptrs, mask=d_mask[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptrs)
+    k = _load(k_ptrs, cols[None, :] < kv_len, d_mask[:, None], MASK_KEYS, MASK_D)
     s = tl.dot(q, k, input_precision=PRECISION) * scale
     if HAS_BIAS:
         # a bias of finfo.min must not overflow when all keys have it, so it is not folded into base 2
@@ -127,20 +133,6 @@ def _safe_max(row_max, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
-    if MASK_KEYS:  # a masked key has weight 0, and 0 * undefined memory is not 0
-        mask = (n + n_cols)[:, None] < kv_len
-        if MASK_D:
-            mask = mask & d_mask[None, :]
-        v = tl.load(v_ptrs, mask=mask, other=0.0)
-    elif MASK_D:
-        v = tl.load(v_ptrs, mask=d_mask[None, :], other=0.0)
-    else:
-        v = tl.load(v_ptrs)
-    return v
-
-
-@triton.jit
 def _online_step(
     acc, row_max, row_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
     HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -151,7 +143,7 @@ def _online_step(
     p = _exp(s - safe_max[:, None], HAS_BIAS)
     alpha = _exp(row_max - safe_max, HAS_BIAS)
     row_sum = row_sum * alpha + tl.sum(p, 1)
-    v = _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS, MASK_D)
+    v = _load(v_ptrs, (n + n_cols)[:, None] < kv_len, d_mask[None, :], MASK_KEYS, MASK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 
@@ -188,7 +180,7 @@ def _probs_step(
     if MASK_KEYS:
         row_mask = row_mask & (cols < kv_len)[None, :]
     tl.store(row_ptrs + at[None, :], p, mask=row_mask)
-    v = _load_values(v_ptrs, n, kv_len, n_cols, d_mask, MASK_KEYS, MASK_D)
+    v = _load(v_ptrs, (n + n_cols)[:, None] < kv_len, d_mask[None, :], MASK_KEYS, MASK_D)
     return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
 
@@ -309,20 +301,26 @@ def _attention_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-def _check(qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, kv_len: torch.Tensor, heads: int) -> None:
+def _check(
+    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, kv_len: torch.Tensor, heads: int
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """B, S, T and head_dim."""
     T, B = token.shape[0], kv_len.shape[0]
     if qkv.dim() != 2 or qkv.shape[0] != T or qkv.stride(1) != 1:
         raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected ({T}, 3 * heads * D) with unit rows")
     if heads < 1 or qkv.shape[1] % (3 * heads):
         raise ValueError(f"attention: qkv has {qkv.shape[1]} columns, expected a multiple of 3 * heads = {3 * heads}")
-    if qkv.shape[1] // (3 * heads) > MAX_HEAD_DIM:
-        raise ValueError(f"attention: head_dim is {qkv.shape[1] // (3 * heads)}, expected at most {MAX_HEAD_DIM}")
+    D = qkv.shape[1] // (3 * heads)
+    if D > MAX_HEAD_DIM:
+        raise ValueError(f"attention: head_dim is {D}, expected at most {MAX_HEAD_DIM}")
     if B < 1 or T % B:
         raise ValueError(f"attention: {T} tokens in {B} sequences, expected B * S")
+    S = T // B
     if bias is not None:
-        full = (B, heads, T // B, T // B)
+        full = (B, heads, S, S)
         if bias.dim() != 4 or any(n not in (1, want) for n, want in zip(bias.shape, full, strict=True)):
             raise ValueError(f"attention: bias has shape {tuple(bias.shape)}, expected one that broadcasts to {full}")
+    return B, S, T, D
 
 
 def attention_cpu(
@@ -330,9 +328,7 @@ def attention_cpu(
     prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
 ) -> Triple:  # fmt: skip
     """torch's fused attention, all sequences at once where they are full, else one by one on their real rows."""
-    _check(qkv, bias, token, kv_len, heads)
-    B, T = kv_len.shape[0], qkv.shape[0]
-    S, D = T // B, qkv.shape[1] // (3 * heads)
+    B, S, T, D = _check(qkv, bias, token, kv_len, heads)
     if want_probs or bias is not None:
         return attention_ref(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty)
     lse = qkv.new_empty(heads, T, dtype=torch.float32)
@@ -365,9 +361,7 @@ def attention_triton(
     prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
     config: TileConfig | None = None,
 ) -> Triple:  # fmt: skip
-    _check(qkv, bias, token, kv_len, heads)
-    B, T = kv_len.shape[0], qkv.shape[0]
-    S, D = T // B, qkv.shape[1] // (3 * heads)
+    B, S, T, D = _check(qkv, bias, token, kv_len, heads)
     out, probs, lse = _attention_fake(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, False)
     op = "attention_probs" if want_probs else "attention"
     config = config or choose(op, "dim<=64" if D <= 64 else "dim<=128", qkv.dtype, capability(qkv.device))
@@ -390,9 +384,8 @@ def _attention_fake(
     qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
     prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
 ) -> Triple:  # fmt: skip
-    B, T = kv_len.shape[0], qkv.shape[0]
-    S = T // B
-    probs = qkv.new_empty((B, heads, S, S) if want_probs else 0)
+    T, B = qkv.shape[0], kv_len.shape[0]
+    probs = qkv.new_empty((B, heads, T // B, T // B) if want_probs else 0)
     return qkv.new_empty(T, qkv.shape[1] // 3), probs, qkv.new_empty(heads, T, dtype=torch.float32)
 
 
