@@ -199,18 +199,16 @@ def _store_zeros(row_ptrs, first, S, row_mask, token_ptr, start, q_len, dropped,
 
 @triton.jit
 def _probs_pass(
-    acc, shift, inv_sum, q, k_ptrs, v_ptrs, step, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
-    row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S,
+    acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptrs, stride_bias_k,
+    n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S,
     MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Second pass over the keys: every column of the rows is stored, in place or (MAPPED) at its token's position."""
     for n in range(0, full, BLOCK_N):
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-        k_ptrs += step
-        v_ptrs += step
-    if full < kv_len:
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptrs, v_ptrs, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     _store_zeros(
         row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED, BLOCK_N
     )
@@ -249,26 +247,28 @@ def _attention_kernel(
     q_mask = (rows < q_len)[:, None] & d_mask[None, :] if MASK_D else (rows < q_len)[:, None]
     q = tl.load(q_ptrs, mask=q_mask, other=0.0)
     base = qkv_ptr + start.to(tl.int64) * stride_t + h * D
-    k_ptrs = base + H * D + n_cols[None, :] * stride_t + d[:, None]
-    v_ptrs = base + 2 * H * D + n_cols[:, None] * stride_t + d[None, :]
+    # One scalar pointer and offsets of 32 bits: a moving block of pointers would cost twice the registers.
+    k_ptr = base + H * D
+    v_ptr = base + 2 * H * D
+    k_offsets = n_cols[None, :] * stride_t + d[:, None]
+    v_offsets = n_cols[:, None] * stride_t + d[None, :]
     bias_ptrs = bias_ptr
     if HAS_BIAS:
         bias_base = bias_ptr + b.to(tl.int64) * stride_bias_b + h.to(tl.int64) * stride_bias_h
         bias_ptrs = bias_base + (tl.minimum(rows, S - 1).to(tl.int64) * stride_bias_q)[:, None]
     else:
         scale *= LOG2E  # exp2 is the hardware's exponential
-    full = kv_len // BLOCK_N * BLOCK_N  # key blocks below `full` need no mask
-    step = BLOCK_N * stride_t
+    # Key blocks below `full` need no mask. The last one is a loop of one round without a pipeline: as straight code its
+    # loads were hoisted above all that precedes them, and registers spilled.
+    full = kv_len // BLOCK_N * BLOCK_N
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WANT_PROBS:
-        keys = k_ptrs
         for n in range(0, full, BLOCK_N):
-            row_max, row_sum = _sum_step(row_max, row_sum, q, keys, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-            keys += step
-        if full < kv_len:
-            row_max, row_sum = _sum_step(row_max, row_sum, q, keys, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
+            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         inv_sum = 1.0 / tl.where(row_sum > 0, row_sum, 1.0)
         if HAS_BIAS:  # row_max may be finfo.min, beside which log(row_sum) vanishes: divide by row_sum instead
             shift = tl.where(row_sum > 0, row_max, 0.0)
@@ -281,19 +281,17 @@ def _attention_kernel(
         row_ptrs = probs_ptr + (((b * H + h).to(tl.int64) * S + at) * S)[:, None]
         row_mask = (rows < q_len)[:, None]
         if tl.load(prefix_ptr + b) != 0:  # right padding: contiguous stores, no gather of positions
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptrs, v_ptrs, step, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         else:
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptrs, v_ptrs, step, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         # the tokens that are no row: whole rows of zeros
         if (pid_m + 1) * BLOCK_M > q_len:
             _store_zeros(row_ptrs, 0, S, ((rows >= q_len) & (rows < S))[:, None], token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
     else:
         for n in range(0, full, BLOCK_N):
-            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-            k_ptrs += step
-            v_ptrs += step
-        if full < kv_len:
-            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptrs, v_ptrs, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
+            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     lse = row_max + tl.math.log2(row_sum) / LOG2E if HAS_BIAS else (row_max + tl.math.log2(row_sum)) / LOG2E
     tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, tl.where(row_sum > 0, lse, float("-inf")), mask=rows < q_len)

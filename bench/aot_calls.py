@@ -1,0 +1,151 @@
+"""What `python -m bench aot` compiles: calls of the kernels' launchers, on meta tensors, at BERT's shapes.
+
+Tiles come from kernels/*.json through the launchers; sizes of 100 stand for those that are no multiple of 16.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bert_fast.kernels import configs
+from bert_fast.kernels.activation import KERNEL_NAME
+from bert_fast.kernels.attention import attention_triton
+from bert_fast.kernels.embed_layer_norm import embed_layer_norm_triton
+from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm_triton
+from bert_fast.kernels.linear import linear_triton
+from bert_fast.kernels.linear_gelu import linear_gelu_triton
+from bert_fast.kernels.pack import pack_triton
+from bert_fast.kernels.pool import pool_triton
+from bert_fast.kernels.qkv_linear import qkv_linear_triton
+from bert_fast.kernels.residual_layer_norm import residual_layer_norm_triton
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+INTEGERS = {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a launcher; with dtype "tf32", fp32 tensors where torch allows TF32."""
+
+    op: str
+    dtype: str
+    shape: str
+    run: Callable[[], Any]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gemm(op: str, dtype: str, rows: int, N: int, K: int, act: str = "none", optional: bool = True) -> Call:
+    """`optional`: with a bias and a row count."""
+
+    def run() -> None:
+        x, parts = empty(rows, K, dtype=DTYPES[dtype]), 3 if op == "qkv_linear" else 1
+        weights = [x.new_empty(N, K) for _ in range(parts)]
+        biases = [x.new_empty(N) if optional else None for _ in range(parts)]
+        launch = {"linear": linear_triton, "linear_gelu": linear_gelu_triton, "qkv_linear": qkv_linear_triton}[op]
+        launch(x, *weights, *biases, empty(1) if optional else None, *([act] if op == "linear_gelu" else []))
+
+    return Call(op, dtype, f"{configs.row_class(rows)} {N}x{K} {act}{'' if optional else ' no bias'}", run)
+
+
+def attention(dtype: str, D: int, probs: bool, bias: str = "", S: int = 128, uniform: bool = False) -> Call:
+    def run() -> None:
+        B, H = 4, 12
+        qkv = empty(B * S, 3 * H * D, dtype=DTYPES[dtype])
+        added = {"full": qkv.new_empty(B, H, S, S), "keys": qkv.new_empty(B, 1, 1, S)}.get(bias)
+        maps = (empty(B * S), empty(B + 1), empty(B), empty(B))
+        attention_triton(qkv, added, *maps, H, D**-0.5, probs, uniform)
+
+    shape = f"D={D} S={S}{' bias ' * bool(bias)}{bias}{' uniform' * uniform}"
+    return Call("attention_probs" if probs else "attention", dtype, shape, run)
+
+
+def layer_norm(dtype: str, N: int, rows: bool = True, padded: bool = False, counted: bool = True) -> Call:
+    def run() -> None:
+        x, p = empty(512, N, dtype=DTYPES[dtype]), empty(N, dtype=DTYPES[dtype])
+        token, n_rows = empty(512) if padded else None, empty(1) if counted else None
+        residual_layer_norm_triton(x, x, p, p, 1e-12, token, n_rows, rows, padded)
+
+    shape = f"{N}{' rows' * rows}{' padded' * padded}{'' if counted else ' all'}"
+    return Call("residual_layer_norm", dtype, shape, run)
+
+
+def act_layer_norm(dtype: str, N: int, act: str) -> Call:
+    def run() -> None:
+        p = empty(N, dtype=DTYPES[dtype])
+        gelu_layer_norm_triton(p.new_empty(512, N), p, p, 1e-12, act)
+
+    return Call("gelu_layer_norm", dtype, f"{N} {act}", run)
+
+
+def embed(dtype: str, N: int, ids: torch.dtype | None, padded: bool = False, counted: bool = True) -> Call:
+    def run() -> None:
+        B, S = 4, 128
+        words, types, positions = (empty(n, N, dtype=DTYPES[dtype]) for n in (30522, 2, 512))
+        index = empty(B, S, dtype=ids) if ids else None
+        given = None if ids else words.new_empty(B, S, N)
+        arange, p = empty(1, S, dtype=torch.int64).expand(B, S), words.new_empty(N)
+        n_rows = empty(1) if counted else None
+        tables = (words, types, positions, p, p, 1e-12, 0)
+        embed_layer_norm_triton(index, given, arange, arange, *tables, empty(B * S), n_rows, True, padded)
+
+    shape = f"{N} {INTEGERS[ids] if ids else 'embeds'}{' padded' * padded}{'' if counted else ' all'}"
+    return Call("embed_layer_norm", dtype, shape, run)
+
+
+def pool(dtype: str, N: int) -> Call:
+    def run() -> None:
+        weight = empty(N, N, dtype=DTYPES[dtype])
+        pool_triton(weight.new_empty(4, 128, N), weight, weight.new_empty(N))
+
+    return Call("pool", dtype, str(N), run)
+
+
+def pack(dtype: torch.dtype, skip: bool, B: int = 4, S: int = 128) -> Call:
+    name = str(dtype).removeprefix("torch.")
+    shape = f"{B}x{S} {'skip' if skip else 'exact'}"
+    return Call("pack", name, shape, lambda: pack_triton(empty(B, S, dtype=dtype), skip) and None)
+
+
+def calls() -> Iterator[Call]:
+    """Every kernel, tile entry, dtype and constexpr variant that ships; the first call of an op stands for it."""
+    acts = sorted(set(KERNEL_NAME.values()))
+    last = configs.ROW_CLASSES[-1]
+    for rows in (2 * last, *configs.ROW_CLASSES):
+        for op, dtype in itertools.product(("linear", "qkv_linear"), DTYPES):
+            yield gemm(op, dtype, rows, 768, 768)
+        yield from (gemm("linear_gelu", "bf16", rows, 3072, 768, act) for act in acts)
+        yield from (gemm("linear_gelu", dtype, rows, 3072, 768, acts[0]) for dtype in DTYPES)
+        for op in ("linear", "qkv_linear", "linear_gelu"):
+            act = acts[0] if op == "linear_gelu" else "none"
+            yield gemm(op, "bf16", rows, 768, 768, act, optional=False)
+            yield gemm(op, "bf16", rows, 100, 100, act)  # rows of 200 bytes: never by TMA
+    for probs in (False, True):
+        for D, bias in itertools.product((64, 32, 128, 80, 20), ("", "full")):
+            yield attention("bf16", D, probs, bias)
+        for D, dtype, bias in itertools.product((64, 128), DTYPES, ("", "full")):
+            yield attention(dtype, D, probs, bias)
+        yield attention("bf16", 64, probs, "keys")
+        yield attention("bf16", 64, probs, "full", S=33)
+        yield attention("bf16", 64, probs, uniform=True)
+    for dtype, N in itertools.product(("bf16", "fp16", "fp32"), (768, 384, 1024)):
+        yield from (layer_norm(dtype, N, padded=padded) for padded in (False, True))
+        yield from (embed(dtype, N, torch.int64, padded) for padded in (False, True))
+        yield act_layer_norm(dtype, N, acts[0])
+    yield layer_norm("bf16", 768, rows=False, padded=True, counted=False)
+    yield layer_norm("bf16", 100, padded=True)
+    yield embed("bf16", 768, torch.int32, counted=False)
+    yield embed("bf16", 768, None, padded=True)
+    yield from (act_layer_norm("bf16", 768, act) for act in ("none", *acts))
+    yield from (pool(dtype, N) for dtype, N in itertools.product(DTYPES, (768, 100)))
+    masks = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float16, torch.bfloat16)
+    yield from (pack(dtype, skip) for dtype, skip in itertools.product(masks, (True, False)))
+    yield pack(torch.int64, True, 2048, 2048)
+    yield pack(torch.int64, False, 1, 33)

@@ -1,0 +1,152 @@
+"""Shared by the kernel tests on the CPU and on a GPU: masks, biases and arguments for every op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kernel_helpers import assert_error_rule, body, count, randn, references
+
+from bert_fast.kernels.attention import attention_ref
+from bert_fast.kernels.configs import TileConfig
+from bert_fast.kernels.pack import pack_ref
+
+NAN, INF = float("nan"), float("inf")
+
+
+def move(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """The arguments on `device`: a tensor given twice stays one, a leaf stays a leaf."""
+    moved: dict[int, Any] = {id(a): a for a in args}
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            moved[id(a)] = a.detach().to(device).requires_grad_(a.requires_grad)
+    return tuple(moved[id(a)] for a in args)
+
+
+def mask_of_every_kind(S: int) -> torch.Tensor:
+    at = torch.arange(S)
+    holes = torch.rand(S, generator=torch.Generator().manual_seed(S)) < 0.6
+    full, empty = torch.ones(S, dtype=torch.bool), torch.zeros(S, dtype=torch.bool)
+    return torch.stack([empty, full, at < S - S // 2, at >= S // 3, holes | (at == S - 1)]).long()
+
+
+def packed_args(
+    mask: torch.Tensor, D: int, H: int, dtype: torch.dtype, skip: bool, probs: bool, uniform: bool, bias: Any = None
+) -> tuple[Any, ...]:
+    """The op's arguments for random qkv; its rows past the real ones are NaN."""
+    token, cu_seqlens, kv_len, prefix = pack_ref(mask, skip)
+    qkv = randn(mask.numel(), 3 * H * D, dtype=dtype)
+    qkv[cu_seqlens[-1] :] = NAN
+    return qkv, bias, token, cu_seqlens, kv_len, prefix, H, D**-0.5, probs, uniform
+
+
+def assert_attention(name: str, args: tuple[Any, ...], tile: TileConfig | None = None) -> tuple[torch.Tensor, ...]:
+    """All three outputs by the rule, probabilities of 0 and lse of -inf exactly where the reference has them."""
+    run = body("attention", name)
+    ours = run(*args, *([tile] if name == "triton" else []))
+    low, truth = references(attention_ref, *args)
+    n, want_probs = int(args[3][-1]), args[8]
+    assert_error_rule(ours[0][:n], low[0][:n], truth[0][:n], "context")
+    assert ours[1].shape == truth[1].shape
+    if want_probs:
+        assert_error_rule(ours[1], low[1], truth[1], "probs")
+        assert (ours[1][truth[1] == 0] == 0).all(), "a probability is not 0 where it must be"
+    finite = truth[2][:, :n].isfinite()
+    lse, low_lse, true_lse = (x[2][:, :n] for x in (ours, low, truth))
+    assert lse.dtype == torch.float32
+    assert torch.equal(lse == -INF, true_lse == -INF), "lse is not -inf exactly where no key is"
+    assert_error_rule(lse[finite], low_lse[finite], true_lse[finite], "lse")
+    return ours
+
+
+def biases(B: int, H: int, S: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Additive masks as users pass them; the smallest finite number is transformers' own for "not a key"."""
+    lowest = torch.finfo(dtype).min
+    padding = torch.where(mask_of_every_kind(S)[:B].bool(), 0.0, lowest).to(dtype)  # row 0: every key at the lowest
+    dead = randn(B, H, S, S, dtype=dtype)
+    dead[0, :, S // 2] = -INF  # no key at all for this query
+    dead[1, :, :, S // 2 :] = -INF  # half the keys, whole blocks of them
+    return {
+        "one row per sequence": padding[:, None, None, :],
+        "one square per head": randn(1, H, S, S, dtype=dtype),
+        "everything": dead,
+        "one square": randn(S, S, dtype=dtype).t()[None, None],  # strided
+        "one number per query": randn(B, 1, S, 1, dtype=dtype),
+        "expanded": padding[:, None, None, :].expand(B, H, S, S),  # strides of 0
+        "lowest": torch.full((1, 1, 1, 1), lowest, dtype=dtype),
+    }
+
+
+T, K, N, H, B, S = 6, 8, 12, 2, 2, 3  # T = B * S
+ROWS = 4  # of T, where rows are counted on the device
+OPS = ("pack", "linear", "linear_gelu", "qkv_linear", "attention", "residual_layer_norm", "gelu_layer_norm")
+OPS += ("embed_layer_norm", "pool")
+MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])  # skip makes 5 rows of it
+ONES = torch.ones(B, S)
+
+
+def leaf(*shape: int, seed: int = 0) -> torch.Tensor:
+    return randn(*shape, seed=seed).requires_grad_()
+
+
+def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the op with and without each optional input and output; float tensors in use want a gradient."""
+    x, weight, bias, n = leaf(T, K), leaf(N, K), leaf(N), count(rows)
+    gamma, beta = leaf(K), leaf(K, seed=1)
+    three, projections = [leaf(N, K, seed=i) for i in range(3)], [leaf(N, seed=i) for i in range(3)]
+    qkv, square = leaf(T, 3 * H * 4), leaf(B, H, S, S)
+    full, skip, everything = pack_ref(MASK, False), pack_ref(MASK if rows < T else ONES, True), pack_ref(ONES, False)
+    ids, types, positions = torch.tensor([[4, 0, 9], [1, 1, 3]]), torch.tensor([[0, 1, 1]] * 2), torch.arange(S)
+    tables = leaf(10, K), leaf(2, K), leaf(S, K)
+    index = types, positions.expand(B, S)
+    return {
+        "pack": {"exact": (MASK, False), "skip": (MASK.bool(), True)},
+        "linear": {"plain": (x, weight, None, None), "all": (x, weight, bias, n)},
+        "linear_gelu": {
+            "plain": (x, weight, None, None, "silu"),
+            "all": (x, weight, bias, n, "gelu"),
+            "tanh": (x, weight, bias, None, "gelu_tanh"),
+        },
+        "qkv_linear": {
+            "plain": (x, *three, None, None, None, None),
+            "all": (x, *three, *projections, n),
+            "tied": (x, weight, weight, weight, bias, bias, bias, None),  # one parameter three times
+        },
+        "attention": {
+            "plain": (qkv, None, *full, H, 0.5, False, False),
+            "probs": (qkv, None, *full, H, 0.5, True, True),
+            "skip": (qkv, None, *skip, H, 0.5, False, False),
+            "skip probs": (qkv, None, *skip, H, 0.5, True, False),
+            "bias": (qkv, square, *everything, H, 0.5, True, False),
+            "key bias": (qkv, leaf(B, 1, 1, S), *everything, H, 0.5, False, False),
+        },
+        "residual_layer_norm": {
+            "rows": (x, leaf(T, K, seed=1), gamma, beta, 1e-5, None, None, True, False),
+            "padded": (x, leaf(T, K, seed=1), gamma, beta, 1e-5, skip[0], n, False, True),
+            "both": (x, leaf(T, K, seed=1), gamma, beta, 1e-5, skip[0], None, True, True),
+            "twice": (x, x, gamma, beta, 1e-5, None, None, True, False),  # its own residual
+        },
+        "gelu_layer_norm": {"erf": (x, gamma, beta, 1e-5, "gelu"), "relu": (x, gamma, beta, 1e-5, "relu")},
+        "embed_layer_norm": {
+            "ids": (ids, None, *index, *tables, gamma, beta, 1e-5, 0, full[0], None, True, False),
+            "embeds": (
+                *(None, leaf(B, S, K), *index, tables[0].detach(), *tables[1:], gamma, beta, 1e-5, -1),
+                *(skip[0], skip[1][-1:], True, True),
+            ),
+        },
+        "pool": {"plain": (leaf(B, S, K), weight, bias)},
+    }[op]
+
+
+CASES = [(op, case) for op in OPS for case in cases(op)]
+DIFFERENTIABLE = [pair for pair in CASES if pair[0] != "pack"]
+
+
+def gradients(function: Any, args: tuple[Any, ...], create_graph: bool) -> list[torch.Tensor]:
+    """Gradients of all inputs under fixed random gradients of all outputs, those of undefined rows included."""
+    out = function(*args)
+    out = out if isinstance(out, tuple) else (out,)
+    pairs = [(o, randn(*o.shape, seed=i).to(o)) for i, o in enumerate(out) if o.requires_grad and o.numel()]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    results, weights = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(results, leaves, weights, create_graph=create_graph))

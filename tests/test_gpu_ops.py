@@ -1,0 +1,261 @@
+"""Every op on a GPU: the compiled kernels through the launcher and through the registered op, by the one error rule.
+
+Truth is the reference in float64 on the same GPU. Sizes bring every shipped tile, and both load paths, into play.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import (
+    CASES,
+    DIFFERENTIABLE,
+    NAN,
+    T,
+    assert_attention,
+    biases,
+    cases,
+    gradients,
+    mask_of_every_kind,
+    move,
+    packed_args,
+)
+from kernel_helpers import DTYPES, assert_error_rule, assert_like_ref, body, count, outputs
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+NAMES = ("triton", "")  # the launcher, the registered op
+HIDDEN, INNER, HEADS = 768, 3072, 12
+LARGE = (32, 512)
+ROWS = (
+    100,  # up to 128 rows: the first class of tiles
+    1500,  # up to 2048
+    math.prod(LARGE),  # above, by far
+)
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0, device: str = DEVICE) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+
+def weights(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return normal(N, K, dtype=dtype, scale=K**-0.5, seed=seed), normal(N, dtype=dtype, seed=seed + 1)
+
+
+def on_device(n: int | None) -> torch.Tensor | None:
+    return None if n is None else count(n).to(DEVICE)  # type: ignore[union-attr]
+
+
+def affine(N: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return 1 + normal(N, dtype=dtype, scale=0.2), normal(N, dtype=dtype, seed=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", NAMES)
+def test_linear_ops(name: str, rows: int, dtype: torch.dtype) -> None:
+    """BERT's four products; the rows past the count are NaN."""
+    n = rows * 3 // 4
+    x, wide = normal(rows, HIDDEN, dtype=dtype), normal(rows, INNER, dtype=dtype)
+    x[n:] = wide[n:] = NAN
+    projections = [weights(HIDDEN, HIDDEN, dtype, seed) for seed in range(3)]
+    three = [w for w, _ in projections], [b for _, b in projections]
+    assert_like_ref("qkv_linear", name, x, *three[0], *three[1], on_device(n), rows=n)
+    assert_like_ref("linear", name, x, *projections[0], on_device(n), rows=n)
+    assert_like_ref("linear", name, wide[:n], *weights(HIDDEN, INNER, dtype), None)
+    assert_like_ref("linear_gelu", name, x, *weights(INNER, HIDDEN, dtype), on_device(n), "gelu", rows=n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_linear_of_odd_sizes(name: str, dtype: torch.dtype) -> None:
+    """What no descriptor fits, single rows and columns, no bias, no row, every activation; weights that are slices."""
+    for rows, K, N in ((1, 384, 3), (37, 41, 73), (300, 100, 72), (0, 16, 16)):
+        x, (weight, bias) = normal(rows, K, dtype=dtype), weights(N, K, dtype)
+        assert_like_ref("linear", name, x, weight, None, None)
+        assert_like_ref("qkv_linear", name, x, *[weight] * 3, *[bias] * 3, on_device(rows // 2), rows=rows // 2)
+    for act in ("gelu_tanh", "relu", "silu"):
+        assert_like_ref("linear_gelu", name, normal(37, 64, dtype=dtype), *weights(48, 64, dtype), None, act)
+    sliced = normal(64, 200, dtype=dtype, scale=0.1)[:, 8:136]
+    turned = normal(128, 64, dtype=dtype, scale=0.1).t()
+    x = normal(70, 300, dtype=dtype)[::2, 4:132]
+    assert_like_ref("qkv_linear", name, x, sliced, turned, sliced.contiguous(), None, None, None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B,S,K,N", [(32, 512, HIDDEN, HIDDEN), (1, 1, 16, 8), (17, 3, 136, 33)])
+@pytest.mark.parametrize("name", NAMES)
+def test_pool(name: str, B: int, S: int, K: int, N: int, dtype: torch.dtype) -> None:
+    hidden = normal(B, S, K, dtype=dtype)
+    hidden[:, 1:] = NAN
+    assert_like_ref("pool", name, hidden, *weights(N, K, dtype))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_pack(name: str, skip: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 1), (5, 33), (33, 512), (3, 2500), (1100, 3)):
+        mask = (torch.rand(shape, generator=generator) < torch.linspace(0, 1, shape[0])[:, None]).long()
+        for given in (mask, mask.bool(), mask.float(), mask.repeat(1, 2)[:, ::2], mask[:1].expand(shape)):
+            expected = body("pack", "ref")(given, skip)
+            for got, want in zip(body("pack", name)(given.to(DEVICE), skip), expected, strict=True):
+                assert got.dtype == torch.int32 and torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_paddings(name: str, probs: bool, dtype: torch.dtype) -> None:
+    for S, skip, uniform in ((130, True, False), (130, False, True), (1, True, True)):
+        args = packed_args(mask_of_every_kind(S), 64, 2, dtype, skip, probs, uniform)
+        assert_attention(name, move(args, DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [8, 20, 32, 80, 127, 128])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_head_dims(name: str, D: int, dtype: torch.dtype) -> None:
+    """Both classes of head_dim, padded ones among them; D alternates what is asked for, to save compilations."""
+    args = packed_args(mask_of_every_kind(70), D, 2, dtype, True, D % 3 == 2, False)
+    assert_attention(name, move(args, DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_biases(name: str, probs: bool, dtype: torch.dtype) -> None:
+    for bias in (*biases(3, 2, 100, dtype).values(), biases(3, 2, 100, torch.float32)["everything"]):
+        args = packed_args(torch.ones(3, 100), 64, 2, dtype, False, probs, False)
+        on_gpu = bias.to(DEVICE) if 0 not in bias.stride() else bias[:, :1, :1].to(DEVICE).expand(bias.shape)
+        qkv, _, *others = move(args, DEVICE)
+        assert_attention(name, (qkv, on_gpu, *others))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_large(name: str, probs: bool, dtype: torch.dtype) -> None:
+    """Base at 32 x 512, half of it padding on the right, on the left, or scattered."""
+    B, S = LARGE
+    at, lengths = torch.arange(S), torch.arange(B)[:, None] * (S // B) + 1
+    mask = torch.where(torch.arange(B)[:, None] % 2 == 0, at < lengths, at >= S - lengths).long()
+    mask[3, ::2] = 0
+    token, cu_seqlens, kv_len, prefix = (t.to(DEVICE) for t in body("pack", "ref")(mask, True))
+    qkv = normal(B * S, 3 * HIDDEN, dtype=dtype)
+    qkv[int(cu_seqlens[-1]) :] = NAN
+    assert_attention(name, (qkv, None, token, cu_seqlens, kv_len, prefix, HEADS, 0.125, probs, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,width", [(math.prod(LARGE), HIDDEN), (511, 384), (7, 100), (0, 64)])
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_norms(name: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    n, parameters = rows * 2 // 3, affine(width, dtype)
+    x, residual = normal(rows, width, dtype=dtype), normal(rows, width, dtype=dtype, seed=1)
+    token = torch.randperm(rows, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE).int()
+    assert_like_ref("gelu_layer_norm", name, x, *parameters, 1e-12, "gelu")
+    assert_like_ref("residual_layer_norm", name, x, residual, *parameters, 1e-12, None, None, True, False)
+    x[n:] = NAN
+    args = (x, residual, *parameters, 1e-12, token, on_device(n), True, True)
+    packed, padded = outputs("residual_layer_norm", name, *args)
+    assert_error_rule(*(t[:n] for t in packed), "rows")
+    assert_error_rule(*padded, "padded")
+    assert (padded[0][token[n:].long()] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_embed_layer_norm(name: str, dtype: torch.dtype) -> None:
+    B, S = LARGE
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(B, S, generator=generator) < 0.5).long()
+    token, cu_seqlens, _, _ = (t.to(DEVICE) for t in body("pack", "ref")(mask, True))
+    n = int(cu_seqlens[-1])
+    ids = torch.randint(0, 30522, (B, S), generator=generator).to(DEVICE)
+    tables = [normal(size, HIDDEN, dtype=dtype, seed=size) for size in (30522, 2, 512)]
+    index = (ids % 2).int(), torch.arange(S, device=DEVICE).expand(B, S)
+    for first in ((ids, None), (None, normal(B, S, HIDDEN, dtype=dtype))):
+        args = (*first, *index, *tables, *affine(HIDDEN, dtype), 1e-12, 0, token, cu_seqlens[-1:], True, True)
+        packed, padded = outputs("embed_layer_norm", name, *args)
+        assert_error_rule(*(t[:n] for t in packed), "rows")
+        assert_error_rule(*padded, "padded")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_index_outside_its_table(name: str) -> None:
+    """NaN in its row, no access outside: 2**40 rows away there is no memory to read, and CUDA would report it."""
+    args = list(move(cases("embed_layer_norm")["ids"], DEVICE))
+    for outside in (-1, 10, 2**40, -(2**40)):
+        args[0] = args[0].clone()
+        args[0][1, 0] = outside
+        rows, _ = body("embed_layer_norm", name)(*args)
+        torch.cuda.synchronize()
+        assert rows.isnan().all(1).tolist() == [token == 3 for token in args[11].tolist()]
+
+
+@pytest.mark.parametrize("op,case", CASES)
+def test_fake_tensors_describe_the_outputs(op: str, case: str) -> None:
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(body(op, ""), move(cases(op, T)[case], DEVICE), test_utils=utils)
+
+
+@pytest.mark.parametrize("op,case", DIFFERENTIABLE)
+def test_gradients(op: str, case: str) -> None:
+    args = move(cases(op)[case], DEVICE)
+    ours = gradients(body(op, ""), args, False)
+    torch.testing.assert_close(ours, gradients(body(op, "ref"), args, False))
+
+
+def layer_chain(mask: torch.Tensor, ids: torch.Tensor, p: dict[str, Any]) -> tuple[Any, ...]:
+    """Embedding to pooler of a one-layer model in skip mode, every op once or more; nothing reads the row count."""
+    B, S = mask.shape
+    token, cu_seqlens, kv_len, prefix = body("pack", "")(mask, True)
+    n, norm = cu_seqlens[B:], (*p["norm"], 1e-12)
+    positions, zeros = torch.arange(S, device=mask.device).expand(B, S), torch.zeros_like(ids)
+    x, _ = body("embed_layer_norm", "")(ids, None, zeros, positions, *p["tables"], *norm, 0, token, n, True, False)
+    qkv = body("qkv_linear", "")(x, *[p["square"][0]] * 3, *[p["square"][1]] * 3, n)
+    packed = token, cu_seqlens, kv_len, prefix
+    context, probs, _ = body("attention", "")(qkv, None, *packed, HEADS, 0.125, True, False)
+    attended = body("linear", "")(context, *p["square"], n)
+    attended, _ = body("residual_layer_norm", "")(attended, x, *norm, None, n, True, False)
+    wide = body("linear_gelu", "")(attended, *p["up"], n, "gelu")
+    _, last = body("residual_layer_norm", "")(
+        body("linear", "")(wide, *p["down"], n), attended, *norm, token, n, False, True
+    )
+    head = body("gelu_layer_norm", "")(body("linear", "")(last, *p["square"], None), *norm, "gelu")
+    return last, head, probs, body("pool", "")(last.view(B, S, -1), *p["square"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skip_never_synchronises(dtype: torch.dtype) -> None:
+    """The whole chain once to compile it, then with every synchronisation an error; both give the same numbers."""
+    ids = torch.arange(5 * 40, device=DEVICE).view(5, 40) % 50
+    mask = mask_of_every_kind(40).to(DEVICE)
+    square = weights(HIDDEN, HIDDEN, dtype)
+    p = {"square": square, "up": weights(INNER, HIDDEN, dtype), "down": weights(HIDDEN, INNER, dtype)}
+    p |= {"norm": affine(HIDDEN, dtype), "tables": [normal(k, HIDDEN, dtype=dtype, seed=k) for k in (50, 2, 64)]}
+    first = layer_chain(mask, ids, p)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = layer_chain(mask, ids, p)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(first, second, strict=True):
+        assert not a.isnan().any() and torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_second_device(name: str) -> None:
+    """Kernels run where their tensors are, not on the current device."""
+    assert torch.cuda.current_device() == 0
+    for op, case in CASES:
+        args = move(cases(op, T)[case], "cuda:1")
+        with torch.no_grad():
+            out, expected = body(op, name)(*args), body(op, "ref")(*args)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
