@@ -53,8 +53,9 @@ class _Fast:
     def set_padding(self, padding: str) -> Any:
         """Choose what becomes of padding positions; returns the model.
 
-        "exact": computed, as transformers does. "skip": not computed; they hold zeros in every returned tensor, only
-        position 0 of each sequence always is. "auto" (default): "skip" where nobody can see the difference (heads
+        "exact": computed, as transformers does. "skip": not computed; they hold zeros in last_hidden_state,
+        hidden_states and attentions (per-token logits there are the head of a zero vector), only position 0 of each
+        sequence always is. "auto" (default): "skip" where nobody can see the difference (heads
         that read the first token, no hidden states or attentions asked for), "exact" elsewhere.
 
         Raises ValueError for any other value.

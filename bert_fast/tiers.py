@@ -249,7 +249,7 @@ def surroundings_reason(device_type: str) -> str | None:
         return "the call is under a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast
         return "autocast is on"
     if nn_module._has_any_global_hook():
         return "a global module hook is installed"

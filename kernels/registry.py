@@ -51,10 +51,11 @@ def _backward_of(ref: Callable[..., Any]) -> Callable[..., Any]:
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.others, strict=True)]
         needs = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-        create_graph = torch.is_grad_enabled()  # double backward: stay connected to the saved tensors
-        if not create_graph:
-            for i in needs:
-                args[i] = args[i].detach().requires_grad_()
+        # For a double backward stay connected to the saved tensors, but through a view of each: one saved tensor may
+        # have been computed from another (x from the residual), and that path is not this op's to differentiate.
+        create_graph = torch.is_grad_enabled()
+        for i in needs:
+            args[i] = args[i].view_as(args[i]) if create_graph else args[i].detach().requires_grad_()
         with torch.enable_grad():
             out = ref(*args)
         outputs = out if isinstance(out, tuple) else (out,)

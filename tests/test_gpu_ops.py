@@ -1,6 +1,7 @@
 """Every op on a GPU: the compiled kernels through the launcher and through the registered op, by the one error rule.
 
-Truth is the reference in float64 on the same GPU. Sizes bring every shipped tile, and both load paths, into play.
+Truth is the reference in float64 on the same GPU. Sizes bring every shipped tile and both load paths into play; the
+interpreter's tests vary more, since every variant here is a compilation of seconds.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def affine(N: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", NAMES)
 def test_linear_ops(name: str, rows: int, dtype: torch.dtype) -> None:
-    """BERT's four products; the rows past the count are NaN."""
+    """BERT's four products; the rows past the count are NaN. The op takes torch's own products in fp32."""
     n = rows * 3 // 4
     x, wide = normal(rows, HIDDEN, dtype=dtype), normal(rows, INNER, dtype=dtype)
     x[n:] = wide[n:] = NAN
@@ -66,15 +67,15 @@ def test_linear_ops(name: str, rows: int, dtype: torch.dtype) -> None:
     three = [w for w, _ in projections], [b for _, b in projections]
     assert_like_ref("qkv_linear", name, x, *three[0], *three[1], on_device(n), rows=n)
     assert_like_ref("linear", name, x, *projections[0], on_device(n), rows=n)
-    assert_like_ref("linear", name, wide[:n], *weights(HIDDEN, INNER, dtype), None)
+    assert_like_ref("linear", name, wide, *weights(HIDDEN, INNER, dtype), on_device(n), rows=n)
     assert_like_ref("linear_gelu", name, x, *weights(INNER, HIDDEN, dtype), on_device(n), "gelu", rows=n)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_linear_of_odd_sizes(name: str, dtype: torch.dtype) -> None:
-    """What no descriptor fits, single rows and columns, no bias, no row, every activation; weights that are slices."""
-    for rows, K, N in ((1, 384, 3), (37, 41, 73), (300, 100, 72), (0, 16, 16)):
+    """What no descriptor fits: a single row, odd rows and columns, no bias, no row; activations; sliced weights."""
+    for rows, K, N in ((1, 384, 3), (37, 41, 73), (0, 16, 16)):
         x, (weight, bias) = normal(rows, K, dtype=dtype), weights(N, K, dtype)
         assert_like_ref("linear", name, x, weight, None, None)
         assert_like_ref("qkv_linear", name, x, *[weight] * 3, *[bias] * 3, on_device(rows // 2), rows=rows // 2)
@@ -111,17 +112,17 @@ def test_pack(name: str, skip: bool) -> None:
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_paddings(name: str, probs: bool, dtype: torch.dtype) -> None:
-    for S, skip, uniform in ((130, True, False), (130, False, True), (1, True, True)):
+    for S, skip, uniform in ((130, True, False), (130, False, True), (1, False, True)):
         args = packed_args(mask_of_every_kind(S), 64, 2, dtype, skip, probs, uniform)
         assert_attention(name, move(args, DEVICE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [8, 20, 32, 80, 127, 128])
+@pytest.mark.parametrize("dtype,D", [*zip(DTYPES, (20, 8, 13), strict=True), *zip(DTYPES, (128, 80, 127), strict=True)])
+@pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_attention_head_dims(name: str, D: int, dtype: torch.dtype) -> None:
-    """Both classes of head_dim, padded ones among them; D alternates what is asked for, to save compilations."""
-    args = packed_args(mask_of_every_kind(70), D, 2, dtype, True, D % 3 == 2, False)
+def test_attention_head_dims(name: str, probs: bool, D: int, dtype: torch.dtype) -> None:
+    """Both classes of head_dim, mostly padded ones."""
+    args = packed_args(mask_of_every_kind(70), D, 2, dtype, True, probs, False)
     assert_attention(name, move(args, DEVICE))
 
 
@@ -129,11 +130,13 @@ def test_attention_head_dims(name: str, D: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_biases(name: str, probs: bool, dtype: torch.dtype) -> None:
-    for bias in (*biases(3, 2, 100, dtype).values(), biases(3, 2, 100, torch.float32)["everything"]):
-        args = packed_args(torch.ones(3, 100), 64, 2, dtype, False, probs, False)
-        on_gpu = bias.to(DEVICE) if 0 not in bias.stride() else bias[:, :1, :1].to(DEVICE).expand(bias.shape)
-        qkv, _, *others = move(args, DEVICE)
-        assert_attention(name, (qkv, on_gpu, *others))
+    """Strides of 0 come by expansion on the device; a float32 bias serves every dtype."""
+    kinds = biases(3, 2, 96, dtype)
+    given = [kinds[k].to(DEVICE) for k in ("one row per sequence", "one square per head", "everything", "lowest")]
+    given += [given[0].expand(3, 2, 96, 96), biases(3, 2, 96, torch.float32)["everything"].to(DEVICE)]
+    for bias in given:
+        qkv, _, *others = move(packed_args(torch.ones(3, 96), 64, 2, dtype, False, probs, False), DEVICE)
+        assert_attention(name, (qkv, bias, *others))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,7 +147,7 @@ def test_attention_large(name: str, probs: bool, dtype: torch.dtype) -> None:
     B, S = LARGE
     at, lengths = torch.arange(S), torch.arange(B)[:, None] * (S // B) + 1
     mask = torch.where(torch.arange(B)[:, None] % 2 == 0, at < lengths, at >= S - lengths).long()
-    mask[3, ::2] = 0
+    mask[-1, ::2] = 0
     token, cu_seqlens, kv_len, prefix = (t.to(DEVICE) for t in body("pack", "ref")(mask, True))
     qkv = normal(B * S, 3 * HIDDEN, dtype=dtype)
     qkv[int(cu_seqlens[-1]) :] = NAN
