@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on CPU tensors")
     # `poison` below makes torch say so of operations that are not part of a test's claim
     config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
+    # numpy warns of exp2 overflowing and of log2(0), where inf is the right number
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

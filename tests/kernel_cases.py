@@ -150,3 +150,43 @@ def gradients(function: Any, args: tuple[Any, ...], create_graph: bool) -> list[
     leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     results, weights = zip(*pairs, strict=True)
     return list(torch.autograd.grad(results, leaves, weights, create_graph=create_graph))
+
+
+def chain_args(S: int, hidden: int, inner: int, heads: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of `layer_chain` for a batch with a sequence of every kind."""
+    mask = mask_of_every_kind(S)
+    ids = torch.arange(mask.numel()).view(mask.shape) % 50
+
+    def linear(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return randn(rows, columns, dtype=dtype, scale=columns**-0.5), randn(rows, dtype=dtype)
+
+    norm = (1 + randn(hidden, scale=0.2)).to(dtype), randn(hidden, dtype=dtype, seed=1)
+    tables = (randn(rows, hidden, dtype=dtype) for rows in (50, 2, S))
+    return mask, ids, heads, *tables, *norm, *linear(hidden, hidden), *linear(inner, hidden), *linear(hidden, inner)
+
+
+def layer_chain(
+    name: str, mask: torch.Tensor, ids: torch.Tensor, heads: int, word: Any, types: Any, positions: Any,
+    gamma: Any, beta: Any, w: Any, b: Any, up: Any, up_bias: Any, down: Any, down_bias: Any,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Embedding, one layer, masked-LM transform and pooler in skip mode, by the bodies `name` of the ops.
+
+    Rows that are none stay undefined all the way; nothing reads the row count on the host.
+    """
+    B, S = mask.shape
+    token, cu_seqlens, kv_len, prefix = body("pack", name)(mask, True)
+    n, norm = cu_seqlens[B:], (gamma, beta, 1e-12)
+    at, zeros = torch.arange(S, device=mask.device).expand(B, S), torch.zeros_like(ids)
+    tables = word, types, positions
+    x, _ = body("embed_layer_norm", name)(ids, None, zeros, at, *tables, *norm, -1, token, n, True, False)
+    qkv = body("qkv_linear", name)(x, w, w, w, b, b, b, n)
+    scale = (w.shape[0] // heads) ** -0.5
+    context, probs, _ = body("attention", name)(qkv, None, token, cu_seqlens, kv_len, prefix, heads, scale, True, False)
+    attended = body("linear", name)(context, w, b, n)
+    attended, _ = body("residual_layer_norm", name)(attended, x, *norm, None, n, True, False)
+    wide = body("linear_gelu", name)(attended, up, up_bias, n, "gelu")
+    wide = body("linear", name)(wide, down, down_bias, n)
+    _, last = body("residual_layer_norm", name)(wide, attended, *norm, token, n, False, True)
+    head = body("gelu_layer_norm", name)(body("linear", name)(last, w, b, None), *norm, "gelu")
+    pooled = body("pool", name)(last.view(B, S, -1), w, b)
+    return {"probs": probs, "last": last, "head": head, "pooled": pooled}

@@ -7,7 +7,7 @@ interpreter's tests vary more, since every variant here is a compilation of seco
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -19,12 +19,14 @@ from kernel_cases import (
     assert_attention,
     biases,
     cases,
+    chain_args,
     gradients,
+    layer_chain,
     mask_of_every_kind,
     move,
     packed_args,
 )
-from kernel_helpers import DTYPES, assert_error_rule, assert_like_ref, body, count, outputs
+from kernel_helpers import DTYPES, assert_error_rule, assert_like_ref, body, count, outputs, references
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -214,42 +216,19 @@ def test_gradients(op: str, case: str) -> None:
     torch.testing.assert_close(ours, gradients(body(op, "ref"), args, False))
 
 
-def layer_chain(mask: torch.Tensor, ids: torch.Tensor, p: dict[str, Any]) -> tuple[Any, ...]:
-    """Embedding to pooler of a one-layer model in skip mode, every op once or more; nothing reads the row count."""
-    B, S = mask.shape
-    token, cu_seqlens, kv_len, prefix = body("pack", "")(mask, True)
-    n, norm = cu_seqlens[B:], (*p["norm"], 1e-12)
-    positions, zeros = torch.arange(S, device=mask.device).expand(B, S), torch.zeros_like(ids)
-    x, _ = body("embed_layer_norm", "")(ids, None, zeros, positions, *p["tables"], *norm, 0, token, n, True, False)
-    qkv = body("qkv_linear", "")(x, *[p["square"][0]] * 3, *[p["square"][1]] * 3, n)
-    packed = token, cu_seqlens, kv_len, prefix
-    context, probs, _ = body("attention", "")(qkv, None, *packed, HEADS, 0.125, True, False)
-    attended = body("linear", "")(context, *p["square"], n)
-    attended, _ = body("residual_layer_norm", "")(attended, x, *norm, None, n, True, False)
-    wide = body("linear_gelu", "")(attended, *p["up"], n, "gelu")
-    _, last = body("residual_layer_norm", "")(
-        body("linear", "")(wide, *p["down"], n), attended, *norm, token, n, False, True
-    )
-    head = body("gelu_layer_norm", "")(body("linear", "")(last, *p["square"], None), *norm, "gelu")
-    return last, head, probs, body("pool", "")(last.view(B, S, -1), *p["square"])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_skip_never_synchronises(dtype: torch.dtype) -> None:
-    """The whole chain once to compile it, then with every synchronisation an error; both give the same numbers."""
-    ids = torch.arange(5 * 40, device=DEVICE).view(5, 40) % 50
-    mask = mask_of_every_kind(40).to(DEVICE)
-    square = weights(HIDDEN, HIDDEN, dtype)
-    p = {"square": square, "up": weights(INNER, HIDDEN, dtype), "down": weights(HIDDEN, INNER, dtype)}
-    p |= {"norm": affine(HIDDEN, dtype), "tables": [normal(k, HIDDEN, dtype=dtype, seed=k) for k in (50, 2, 64)]}
-    first = layer_chain(mask, ids, p)
+    """A layer and its surroundings: once to compile, then with every wait for the GPU an error; by the rule, too."""
+    args = move(chain_args(40, HIDDEN, INNER, HEADS, dtype), DEVICE)
+    layer_chain("", *args)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = layer_chain(mask, ids, p)
+        ours = layer_chain("", *args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(first, second, strict=True):
-        assert not a.isnan().any() and torch.equal(a, b)
+    low, truth = references(partial(layer_chain, "ref"), *args)
+    for what in truth:
+        assert_error_rule(ours[what], low[what], truth[what], what)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

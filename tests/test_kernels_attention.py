@@ -15,7 +15,6 @@ from kernel_helpers import BODIES, DTYPES
 
 from bert_fast.kernels.configs import TileConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero|overflow:RuntimeWarning")  # of numpy: log2(0) is -inf
 SMALL = TileConfig(16, 16, 4, 2)
 SHAPES = (  # (S, head_dim, heads, tile)
     (33, 20, 1, SMALL),  # three key blocks, the last of one key; head_dim padded to 32

@@ -11,7 +11,6 @@ from kernel_helpers import BODIES, DTYPES, assert_error_rule, assert_like_ref, b
 
 from bert_fast.kernels.pack import pack_ref
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # exp2 of numpy, where inf is right
 NAN = float("nan")
 WIDTHS = (100, 768, 1)  # no power of two; BERT's; a variance of zero
 EPS = 1e-12

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import CASES, DIFFERENTIABLE, ROWS, B, K, N, S, T, cases, gradients
-from kernel_helpers import body, double, randn
+from kernel_cases import CASES, DIFFERENTIABLE, ROWS, B, K, N, S, T, cases, chain_args, gradients, layer_chain
+from kernel_helpers import BODIES, DTYPES, assert_error_rule, body, double, randn, references
 
 
 def traceable(op: str, case: str) -> bool:
@@ -33,6 +34,16 @@ def test_gradients(op: str, case: str, create_graph: bool) -> None:
     ours = gradients(body(op, ""), args, create_graph)
     torch.testing.assert_close(ours, gradients(body(op, "ref"), args, create_graph))
     assert all(g.count_nonzero() for g in ours) and any(g.requires_grad for g in ours) == create_graph
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BODIES)
+def test_undefined_rows_stay_out_of_a_whole_layer(name: str, dtype: torch.dtype) -> None:
+    """Skip mode from embedding to pooler: every op gets the undefined rows, here NaN, that the one before left."""
+    args = chain_args(9, 24, 40, 2, dtype)
+    ours, (low, truth) = layer_chain(name, *args), references(partial(layer_chain, "ref"), *args)
+    for what in truth:
+        assert_error_rule(ours[what], low[what], truth[what], what)
 
 
 @pytest.mark.parametrize("op,case", [("linear", "all"), ("qkv_linear", "all"), ("attention", "skip probs")])
