@@ -82,6 +82,7 @@ class BertModel(_Fast, hf.BertModel):
     forward runs, with the same result; `bert_fast.explain(model, **inputs)` says which and why.
     """
 
+    @functools.wraps(hf.BertModel.forward, assigned=(), updated=())  # inspect.signature shows upstream's own
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -18,19 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from bert_fast.kernels.configs import TileConfig, choose
+from bert_fast.kernels.pack import padded_rows, positions
 from bert_fast.kernels.registry import register
 from bert_fast.kernels.runtime import capability, ceil_div, device_guard, dot_precision, next_power_of_2, tl, triton
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 128
-
-
-def _padded_rows(cu_seqlens: torch.Tensor, S: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S) index of row j of each sequence (clamped into range) and whether there is such a row."""
-    j = torch.arange(S, device=cu_seqlens.device)
-    rows = cu_seqlens[:-1, None].long() + j
-    return rows.clamp(max=T - 1), j < (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # (context, lse)
 
 
 def attention_ref(
@@ -44,7 +39,7 @@ def attention_ref(
     """
     B, T = kv_len.shape[0], qkv.shape[0]
     S, D = T // B, qkv.shape[1] // (3 * heads)
-    rows, is_row = _padded_rows(cu_seqlens, S, T)
+    rows, is_row = padded_rows(cu_seqlens, S, T)
     q, k, v = (
         torch.where(is_row[:, :, None, None], x[rows], 0.0).transpose(1, 2)
         for x in qkv.view(T, 3, heads, D).unbind(1)
@@ -67,23 +62,12 @@ def attention_ref(
     if not want_probs:
         return context, qkv.new_empty(0), lse_rows
     # row j, key i -> their positions; what is no row gets zeros and lands on a dropped token's place
-    position = _positions(token, cu_seqlens, S)
+    position = positions(token, cu_seqlens, S)
     inverse = torch.argsort(position, dim=1)
     probs = torch.where(is_row[:, None, :, None], probs, 0.0)
     probs = torch.gather(probs, 2, inverse[:, None, :, None].expand_as(probs))
     probs = torch.gather(probs, 3, inverse[:, None, None, :].expand_as(probs))
     return context, probs, lse_rows
-
-
-def _positions(token: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.Tensor:
-    """(B, S) position of the j-th place of each sequence: its rows, then its dropped tokens (see pack.py)."""
-    B = cu_seqlens.shape[0] - 1
-    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    j = torch.arange(S, device=token.device)
-    b = torch.arange(B, device=token.device)
-    dropped = cu_seqlens[-1].long() + b * S - start
-    place = torch.where(j < (end - start)[:, None], start[:, None] + j, (dropped - (end - start))[:, None] + j)
-    return token[place].long() - (b * S)[:, None]
 
 
 @triton.jit
@@ -102,7 +86,7 @@ def _load(ptrs, key_mask, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr)
 
 @triton.jit
 def _scores(
-    q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
     HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of one key block; in units of ln 2 (scale carries log2(e)), with a bias in natural units."""
@@ -110,11 +94,12 @@ def _scores(
     k = _load(k_ptrs, cols[None, :] < kv_len, d_mask[:, None], MASK_KEYS, MASK_D)
     s = tl.dot(q, k, input_precision=PRECISION) * scale
     if HAS_BIAS:
+        bias_ptrs = bias_ptr + (bias_offsets + cols[None, :] * stride_bias_k)
         # a bias of finfo.min must not overflow when all keys have it, so it is not folded into base 2
         if MASK_KEYS:
-            bias = tl.load(bias_ptrs + cols[None, :] * stride_bias_k, mask=cols[None, :] < kv_len, other=0.0)
+            bias = tl.load(bias_ptrs, mask=cols[None, :] < kv_len, other=0.0)
         else:
-            bias = tl.load(bias_ptrs + cols[None, :] * stride_bias_k)
+            bias = tl.load(bias_ptrs)
         s += bias.to(tl.float32)
     if MASK_KEYS:
         s = tl.where(cols[None, :] < kv_len, s, float("-inf"))
@@ -134,10 +119,10 @@ def _safe_max(row_max, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _online_step(
-    acc, row_max, row_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    acc, row_max, row_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
     HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     new_max = tl.maximum(row_max, tl.max(s, 1))
     safe_max = _safe_max(new_max, HAS_BIAS)
     p = _exp(s - safe_max[:, None], HAS_BIAS)
@@ -150,10 +135,10 @@ def _online_step(
 
 @triton.jit
 def _sum_step(
-    row_max, row_sum, q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale,
+    row_max, row_sum, q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
     HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     new_max = tl.maximum(row_max, tl.max(s, 1))
     safe_max = _safe_max(new_max, HAS_BIAS)
     row_sum = row_sum * _exp(row_max - safe_max, HAS_BIAS) + tl.sum(_exp(s - safe_max[:, None], HAS_BIAS), 1)
@@ -162,13 +147,13 @@ def _sum_step(
 
 @triton.jit
 def _probs_step(
-    acc, shift, inv_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs,
-    row_mask, key_token_ptr, first_token,
+    acc, shift, inv_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
+    row_ptrs, row_mask, key_token_ptr, first_token,
     MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of one key block to memory, and their share of P V."""
-    s = _scores(q, k_ptrs, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     p = _exp(s - shift[:, None], HAS_BIAS)
     if HAS_BIAS:
         p *= inv_sum[:, None]
@@ -199,16 +184,16 @@ def _store_zeros(row_ptrs, first, S, row_mask, token_ptr, start, q_len, dropped,
 
 @triton.jit
 def _probs_pass(
-    acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptrs, stride_bias_k,
-    n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S,
+    acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets,
+    stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S,
     MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Second pass over the keys: every column of the rows is stored, in place or (MAPPED) at its token's position."""
     for n in range(0, full, BLOCK_N):
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     _store_zeros(
         row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED, BLOCK_N
     )
@@ -252,10 +237,10 @@ def _attention_kernel(
     v_ptr = base + 2 * H * D
     k_offsets = n_cols[None, :] * stride_t + d[:, None]
     v_offsets = n_cols[:, None] * stride_t + d[None, :]
-    bias_ptrs = bias_ptr
+    bias_offsets = 0
     if HAS_BIAS:
-        bias_base = bias_ptr + b.to(tl.int64) * stride_bias_b + h.to(tl.int64) * stride_bias_h
-        bias_ptrs = bias_base + (tl.minimum(rows, S - 1).to(tl.int64) * stride_bias_q)[:, None]
+        bias_ptr += b.to(tl.int64) * stride_bias_b + h.to(tl.int64) * stride_bias_h
+        bias_offsets = (tl.minimum(rows, S - 1) * stride_bias_q)[:, None]
     else:
         scale *= LOG2E  # exp2 is the hardware's exponential
     # Key blocks below `full` need no mask. The last one is a loop of one round without a pipeline: as straight code its
@@ -266,9 +251,9 @@ def _attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WANT_PROBS:
         for n in range(0, full, BLOCK_N):
-            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
-            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         inv_sum = 1.0 / tl.where(row_sum > 0, row_sum, 1.0)
         if HAS_BIAS:  # row_max may be finfo.min, beside which log(row_sum) vanishes: divide by row_sum instead
             shift = tl.where(row_sum > 0, row_max, 0.0)
@@ -281,17 +266,17 @@ def _attention_kernel(
         row_ptrs = probs_ptr + (((b * H + h).to(tl.int64) * S + at) * S)[:, None]
         row_mask = (rows < q_len)[:, None]
         if tl.load(prefix_ptr + b) != 0:  # right padding: contiguous stores, no gather of positions
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         else:
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         # the tokens that are no row: whole rows of zeros
         if (pid_m + 1) * BLOCK_M > q_len:
             _store_zeros(row_ptrs, 0, S, ((rows >= q_len) & (rows < S))[:, None], token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
     else:
         for n in range(0, full, BLOCK_N):
-            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
-            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptrs, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     lse = row_max + tl.math.log2(row_sum) / LOG2E if HAS_BIAS else (row_max + tl.math.log2(row_sum)) / LOG2E
     tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, tl.where(row_sum > 0, lse, float("-inf")), mask=rows < q_len)
@@ -327,31 +312,47 @@ def attention_cpu(
 ) -> Triple:  # fmt: skip
     """torch's fused attention, all sequences at once where they are full, else one by one on their real rows."""
     B, S, T, D = _check(qkv, bias, token, kv_len, heads)
-    if want_probs or bias is not None:
-        return attention_ref(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty)
-    lse = qkv.new_empty(heads, T, dtype=torch.float32)
     starts, keys = cu_seqlens.tolist(), kv_len.tolist()
-    if min(keys) == S:
-        q, k, v = qkv.view(B, S, 3, heads, D).permute(2, 0, 3, 1, 4)
-        context, sums = _sdpa(q, k, v, scale)
-        lse.view(heads, B, S).copy_(sums.transpose(0, 1))
-        return context.transpose(1, 2).reshape(T, heads * D), qkv.new_empty(0), lse
-    out = qkv.new_empty(T, heads * D)
+    q, k, v = qkv.view(B, S, 3, heads, D).permute(2, 0, 3, 1, 4)
+    lse, probs = qkv.new_empty(heads, T, dtype=torch.float32), qkv.new_empty(0)
+    if want_probs or bias is not None:
+        if starts[-1] < T or 0 in keys or not prefix.all():  # rows are not tokens, or uniform weights
+            return attention_ref(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty)
+        context, weights, sums = _with_probs(q, k, v, bias, keys, scale)
+        probs = weights if want_probs else probs
+    elif min(keys) == S:
+        context, sums = _flash(q, k, v, scale=scale)
+    else:
+        out = qkv.new_empty(T, heads * D)
+        for b, n in enumerate(keys):
+            rows = slice(starts[b], starts[b + 1])
+            if n == 0 and not uniform_empty:
+                out[rows], lse[:, rows] = 0.0, float("-inf")
+                continue
+            q, k, v = qkv[rows].view(1, -1, 3, heads, D).permute(2, 0, 3, 1, 4)
+            context, sums = _flash(q, k[:, :, : n or S], v[:, :, : n or S], scale=scale if n else 0.0)
+            out[rows].view(1, -1, heads, D).copy_(context.transpose(1, 2))
+            lse[:, rows] = sums[0]
+        return out, probs, lse
+    lse.view(heads, B, S).copy_(sums.transpose(0, 1))
+    return context.transpose(1, 2).reshape(T, heads * D), probs, lse
+
+
+def _with_probs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, keys: list[int], scale: float
+) -> Triple:  # fmt: skip
+    """(context, probs, lse) of right-padded sequences (B, heads, S, D) with at least one key each."""
+    scores = (q @ k.transpose(2, 3)).mul_(scale)
+    if bias is not None:
+        scores = scores + bias
     for b, n in enumerate(keys):
-        rows = slice(starts[b], starts[b + 1])
-        q, k, v = qkv[rows].view(1, -1, 3, heads, D).permute(2, 0, 3, 1, 4)
-        if n == 0 and not uniform_empty:
-            out[rows], lse[:, rows] = 0.0, float("-inf")
-            continue
-        context, sums = _sdpa(q, k[:, :, : n or S], v[:, :, : n or S], scale if n else 0.0)
-        out[rows].view(1, -1, heads, D).copy_(context.transpose(1, 2))
-        lse[:, rows] = sums[0]
-    return out, qkv.new_empty(0), lse
-
-
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(context, lse) of torch's CPU flash kernel, the one scaled_dot_product_attention would take."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        scores[b, :, :, n:] = float("-inf")
+    highest = scores.amax(-1)
+    probs = torch.softmax(scores, -1).to(q.dtype)
+    if bias is not None:  # a row of nothing but -inf
+        probs = probs.masked_fill(highest.isneginf()[..., None], 0.0)
+    # the largest probability is exp(highest - lse): no second pass of exponentials
+    return probs @ v, probs, highest.float() - probs.amax(-1).float().log()
 
 
 def attention_triton(
@@ -366,6 +367,8 @@ def attention_triton(
     bias_strides = (0, 0, 0, 0)
     if bias is not None:
         bias_strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))  # type: ignore[assignment]
+    if S * max(qkv.stride(0), bias_strides[2] + bias_strides[3]) >= 2**31:
+        raise ValueError(f"attention: S={S}, expected qkv and bias of one sequence to span less than 2**31 elements")
     with device_guard(qkv):
         _attention_kernel[(ceil_div(S, config.BLOCK_M), heads, B)](
             qkv, qkv.stride(0), bias, *bias_strides, token, cu_seqlens, kv_len, prefix, out, probs, lse,
@@ -373,7 +376,7 @@ def attention_triton(
             WANT_PROBS=want_probs, UNIFORM_EMPTY=uniform_empty, HAS_BIAS=bias is not None,
             PRECISION=dot_precision(qkv.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_D=max(16, next_power_of_2(D)),
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **config.register_limit(),
         )  # fmt: skip
     return out, probs, lse
 

@@ -28,6 +28,8 @@ class TileConfig:
     num_stages: int
     BLOCK_K: int = 0
     tma: bool = False  # host tensor descriptors: sm_90 and newer, half dtypes, aligned shapes
+    # Registers of a thread (NVIDIA). 0: the assembler's choice, which may spill a few to fit one more block on an SM.
+    max_registers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("BLOCK_M", "BLOCK_N"):
@@ -36,6 +38,10 @@ class TileConfig:
                 raise ValueError(f"{name}={size}: expected a power of two from 16 on")
         if self.tma and self.BLOCK_M < 64:
             raise ValueError(f"BLOCK_M={self.BLOCK_M} with tma: wgmma needs 64 rows")
+
+    def register_limit(self) -> dict[str, int]:
+        """Triton's launch option for max_registers, which only its NVIDIA backend knows."""
+        return {"maxnreg": self.max_registers} if self.max_registers and torch.version.hip is None else {}
 
 
 def row_class(rows: int) -> str:

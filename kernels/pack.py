@@ -43,6 +43,24 @@ def pack_ref(mask: torch.Tensor, skip: bool) -> Packed:
     return token.int(), cu_seqlens.int(), kv_len.int(), prefix.int()
 
 
+def padded_rows(cu_seqlens: torch.Tensor, S: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S) index of row j of each sequence (clamped into range) and whether there is such a row."""
+    j = torch.arange(S, device=cu_seqlens.device)
+    rows = cu_seqlens[:-1, None].long() + j
+    return rows.clamp(max=T - 1), j < (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]
+
+
+def positions(token: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.Tensor:
+    """(B, S) position of the j-th place of each sequence: its rows, then its dropped tokens (see pack.py)."""
+    B = cu_seqlens.shape[0] - 1
+    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    j = torch.arange(S, device=token.device)
+    b = torch.arange(B, device=token.device)
+    dropped = cu_seqlens[-1].long() + b * S - start
+    place = torch.where(j < (end - start)[:, None], start[:, None] + j, (dropped - (end - start))[:, None] + j)
+    return token[place].long() - (b * S)[:, None]
+
+
 @triton.jit
 def _row_count_kernel(mask_ptr, stride_b, stride_s, q_len_ptr, S, BLOCK_S: tl.constexpr):
     b = tl.program_id(0)
