@@ -42,7 +42,7 @@ bench: .venv/.bench  ## kernels, then the whole model, against transformers and 
 
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check:  ## GPU tests and a short bench with the system's own python3: no venv, no install, no network
-	$(PYTHON) -m pytest -m gpu tests -q
+	$(PYTHON) -m pytest -m gpu -q tests/test_gpu_*.py
 	$(PYTHON) -m bench model --quick $(ARGS)
 
 clean:  ## remove what these targets made

@@ -255,7 +255,7 @@ def report(builds: Sequence[Build], jobs: int) -> int:
     """Compile, print the table; the number of builds that fail."""
     start = time.perf_counter()
     failed = reused = 0
-    print(f"triton {triton.__version__}, {len(builds)} builds; on gfx942: VGPRs, spilled VGPRs, bytes of scratch memory")
+    print(f"triton {triton.__version__}, {len(builds)} builds; gfx942: VGPRs, spilled VGPRs, bytes of scratch memory")
     print(line({name: name for name in WIDTHS}))
     context = multiprocessing.get_context("fork")  # the modules are loaded; kernels may lie outside any package
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs, mp_context=context) as pool:

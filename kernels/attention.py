@@ -155,8 +155,7 @@ def _probs_step(
     """Probabilities of one key block to memory, and their share of P V."""
     s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     p = _exp(s - shift[:, None], HAS_BIAS)
-    if HAS_BIAS:
-        p *= inv_sum[:, None]
+    p *= inv_sum[:, None]
     p = p.to(row_ptrs.dtype.element_ty)
     cols = n + n_cols
     at = cols
@@ -255,10 +254,8 @@ def _attention_kernel(
         for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
             row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         inv_sum = 1.0 / tl.where(row_sum > 0, row_sum, 1.0)
-        if HAS_BIAS:  # row_max may be finfo.min, beside which log(row_sum) vanishes: divide by row_sum instead
-            shift = tl.where(row_sum > 0, row_max, 0.0)
-        else:
-            shift = tl.where(row_sum > 0, row_max + tl.math.log2(row_sum), 0.0)
+        # not row_max + log2(row_sum): its rounding would scale a whole row of probabilities
+        shift = tl.where(row_sum > 0, row_max, 0.0)
         first_token = b * S
         dropped = tl.load(cu_seqlens_ptr + B) + first_token - start
         row_is_token = tl.where(rows < q_len, start + rows, dropped + rows - q_len)
@@ -348,11 +345,14 @@ def _with_probs(
     for b, n in enumerate(keys):
         scores[b, :, :, n:] = float("-inf")
     highest = scores.amax(-1)
-    probs = torch.softmax(scores, -1).to(q.dtype)
-    if bias is not None:  # a row of nothing but -inf
-        probs = probs.masked_fill(highest.isneginf()[..., None], 0.0)
+    probs = torch.softmax(scores, -1)
     # the largest probability is exp(highest - lse): no second pass of exponentials
-    return probs @ v, probs, highest.float() - probs.amax(-1).float().log()
+    sums = highest.float() - probs.amax(-1).float().log()
+    if bias is not None:
+        dead = highest.isneginf()  # a row of nothing but -inf
+        probs, sums = probs.masked_fill(dead[..., None], 0.0), sums.masked_fill(dead, float("-inf"))
+    probs = probs.to(q.dtype)
+    return probs @ v, probs, sums
 
 
 def attention_triton(

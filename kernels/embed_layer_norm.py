@@ -146,7 +146,7 @@ def embed_layer_norm_triton(
             input_ids, *((0, 0) if input_ids is None else input_ids.stride()),
             inputs_embeds, *((0, 0, 0) if inputs_embeds is None else inputs_embeds.stride()),
             token_type_ids, *token_type_ids.stride(), position_ids, *position_ids.stride(),
-            word, token_type, position, weight, bias, rows, padded, token, n_rows,
+            word, token_type, position, weight.contiguous(), bias.contiguous(), rows, padded, token, n_rows,
             S, N, word.shape[0], token_type.shape[0], position.shape[0], eps,
             HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows,
             WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,

@@ -56,8 +56,8 @@ def gelu_layer_norm_triton(
     if T:
         with device_guard(x):
             _gelu_layer_norm_kernel[(T,)](
-                x, weight, bias, y, x.stride(0), N, eps, ACT=act, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N),
-                enable_fp_fusion=True,
+                x, weight.contiguous(), bias.contiguous(), y, x.stride(0), N, eps, ACT=act, BLOCK_N=BLOCK_N,
+                num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,
             )  # fmt: skip
     return y
 

@@ -183,7 +183,9 @@ def gemm_triton(
     if M == 0:
         return y
     config = config or choose("gemm", row_class(M), x.dtype, capability(x.device))
-    weights = [w if w.stride(1) == 1 and w.stride(0) == weights[0].stride(0) else w.contiguous() for w in weights]
+    if any(w.stride() != weights[0].stride() or w.stride(1) != 1 for w in weights):  # one stride for all
+        weights = [w.contiguous() for w in weights]
+    biases = [b if b is None else b.contiguous() for b in biases]
     w0, w1, w2 = (weights * 3)[:3]
     b0, b1, b2 = (biases * 3)[:3]
     tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N)

@@ -64,7 +64,7 @@ def pool_triton(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
     config = choose("pool", "any", hidden.dtype, capability(hidden.device))
     with device_guard(hidden):
         _pool_kernel[(ceil_div(N, config.BLOCK_N), ceil_div(B, config.BLOCK_M))](
-            hidden, weight, bias, y, B, N, K, hidden.stride(0), weight.stride(0),
+            hidden, weight, bias.contiguous(), y, B, N, K, hidden.stride(0), weight.stride(0),
             PRECISION=dot_precision(hidden.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,

@@ -132,13 +132,16 @@ def residual_layer_norm_triton(
     token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
 ) -> Pair:  # fmt: skip
     _check(x, residual, weight, bias)
+    if want_padded and token is None:
+        raise ValueError("residual_layer_norm: padded output asked for without a token map")
     rows, padded = _residual_layer_norm_fake(x, residual, weight, bias, eps, token, n_rows, want_rows, want_padded)
     T, N = x.shape
     BLOCK_N = next_power_of_2(N)
     if T:
         with device_guard(x):
             _residual_layer_norm_kernel[(T,)](
-                x, residual, weight, bias, rows, padded, token, n_rows, x.stride(0), residual.stride(0), N, eps,
+                x, residual, weight.contiguous(), bias.contiguous(), rows, padded, token, n_rows,
+                x.stride(0), residual.stride(0), N, eps,
                 HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows, WANT_PADDED=want_padded, BLOCK_N=BLOCK_N,
                 num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,
             )  # fmt: skip
