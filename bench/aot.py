@@ -110,14 +110,14 @@ def kernels(module: Any) -> list[str]:
     return [n for n, fn in vars(module).items() if n.endswith("_kernel") and isinstance(fn, triton.JITFunction)]
 
 
-def record(call: Call, target: str) -> tuple[list[Launch], list[str]]:
-    """The launches of a call on a GPU of that target, and the table keys it asked for."""
+def record(call: Call, target: str) -> tuple[list[Launch], list[tuple[str, str]]]:
+    """The launches of a call on a GPU of that target, and the tiles it asked for: (architecture, table key)."""
     launches: list[Launch] = []
-    keys: list[str] = []
-    capability = (0, 0) if target.startswith("gfx") else divmod(int(target), 10)
+    keys: list[tuple[str, str]] = []
+    real = (0, 0) if target.startswith("gfx") else divmod(int(target), 10)
 
-    def choose(op: str, shape: str, dtype: torch.dtype, _: Any) -> configs.TileConfig:
-        keys.append(f"{op}/{shape}/{configs.dtype_class(dtype)}")
+    def choose(op: str, shape: str, dtype: torch.dtype, capability: tuple[int, int]) -> configs.TileConfig:
+        keys.append((configs.arch_name(capability), f"{op}/{shape}/{configs.dtype_class(dtype)}"))
         return configs.choose(op, shape, dtype, capability)
 
     with ExitStack() as patches:
@@ -125,11 +125,13 @@ def record(call: Call, target: str) -> tuple[list[Launch], list[str]]:
             new: dict[str, Any] = {name: Recorder(getattr(module, name), launches) for name in kernels(module)}
             if module is not configs and hasattr(module, "choose"):
                 new["choose"] = choose
+            if hasattr(module, "capability"):
+                new["capability"] = lambda device: real
             if new:
                 patches.enter_context(mock.patch.multiple(module, **new))
         matmul = torch.backends.cuda.matmul
-        patches.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
-        matmul.allow_tf32 = call.dtype == "tf32"
+        patches.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+        matmul.fp32_precision = "tf32" if call.dtype == "tf32" else "ieee"
         call.run()
     return launches, keys
 
@@ -142,24 +144,30 @@ def specialise(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str
     divisible = []
     for i, p in enumerate(fn.params):
         value = given.pop(p.name)
-        if p.is_constexpr or value is None or (type(value) is int and value == 1):
+        by_value, by_alignment = not p.do_not_specialize, not p.do_not_specialize_on_alignment
+        if p.is_constexpr or value is None or (by_value and type(value) is int and value == 1):
             signature[p.name], constants[p.name] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             signature[p.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[p.name] = "fp32"
         else:
-            whole = "i32" if isinstance(value, torch.Tensor) or abs(value) < 2**31 else "i64"
-            signature[p.name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else whole
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
+            pointer = isinstance(value, torch.Tensor)
+            signature[p.name] = "*" + TYPES[value.dtype] if pointer else "i32" if abs(value) < 2**31 else "i64"
+            if by_value and by_alignment and (pointer or value % 16 == 0):
                 divisible.append(i)
     return dict(signature=signature, constants=constants, divisible=tuple(divisible), options=given)
 
 
-def shared_limit(target: str, keys: Iterable[str]) -> int:
-    """The least shared memory among the chips that run this target's code with these entries."""
-    own = configs.table(next(iter(SHARED[target])))
-    return min(n for chip, n in SHARED[target].items() if all(configs.table(chip)[k] == own[k] for k in keys))
+def shared_limit(target: str, tiles: Iterable[tuple[str, str]]) -> int:
+    """The least shared memory among the chips that run this target's code with these tiles."""
+    first = next(iter(SHARED[target]))
+    same = [
+        size
+        for chip, size in SHARED[target].items()
+        if all(configs.table(chip)[key] == configs.table(first)[key] for arch, key in tiles if arch == first)
+    ]
+    return min(same)
 
 
 def all_builds() -> tuple[list[Build], list[str]]:
@@ -169,13 +177,12 @@ def all_builds() -> tuple[list[Build], list[str]]:
     left = {(name, key) for name, keys in entries.items() for key in keys}
     builds: dict[str, Build] = {}
     for call, target in itertools.product(list(calls()), SHARED):
-        launches, keys = record(call, target)
-        chip = next(iter(SHARED[target]))
-        left -= {(chip if key in entries.get(chip, ()) else "generic", key) for key in keys}
+        launches, tiles = record(call, target)
+        left -= {(arch if key in entries.get(arch, ()) else "generic", key) for arch, key in tiles}
         for fn, args, kwargs in launches:
             todo.discard(fn)
             where = (call.op, f"{call.dtype} {call.shape}", target, fn.__module__, fn.__name__)
-            build = Build(*where, **specialise(fn, args, kwargs), limit=shared_limit(target, keys))
+            build = Build(*where, **specialise(fn, args, kwargs), limit=shared_limit(target, tiles))
             builds.setdefault(build.identity, build)
     missed = sorted(f"{fn.__module__}.{fn.__name__} is never launched" for fn in todo)
     return list(builds.values()), missed + [f"{name}.json: nothing reaches {key}" for name, key in sorted(left)]

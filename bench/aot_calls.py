@@ -127,6 +127,7 @@ def calls() -> Iterator[Call]:
             act = acts[0] if op == "linear_gelu" else "none"
             yield gemm(op, "bf16", rows, 768, 768, act, optional=False)
             yield gemm(op, "bf16", rows, 100, 100, act)  # rows of 200 bytes: never by TMA
+            yield gemm(op, "fp32", rows, 100, 100, act)
     for probs in (False, True):
         for D, bias in itertools.product((64, 32, 128, 80, 20), ("", "full")):
             yield attention("bf16", D, probs, bias)

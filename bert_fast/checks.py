@@ -23,13 +23,14 @@ def _check_index(name: str, ids: torch.Tensor, size: int, table: str, error: typ
         raise error(f"{name} holds {low if low < 0 else high}: index out of range, {table} has rows 0 to {size - 1}")
 
 
-def _check_ids(name: str, ids: torch.Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+def _check_ids(name: str, ids: torch.Tensor, B: int, S: int, device: torch.device) -> None:
+    """dtype and device of an index tensor, and that it broadcasts to (B, S)."""
     if ids.dtype not in INDEX_DTYPES:
         raise RuntimeError(f"{name} has dtype {ids.dtype}, expected torch.int64 or torch.int32")
     if ids.device != device:
         raise RuntimeError(f"{name} is on {ids.device}, expected {device}, where the model is: all on the same device")
-    if tuple(ids.shape) not in shapes:
-        raise RuntimeError(f"{name} has shape {tuple(ids.shape)}, expected {' or '.join(map(str, shapes))}")
+    if ids.dim() > 2 or any(n not in (1, want) for n, want in zip(reversed(ids.shape), (S, B), strict=False)):
+        raise RuntimeError(f"{name} has shape {tuple(ids.shape)}, expected ({B}, {S}) or one that broadcasts to it")
 
 
 def check_one_of(input_ids: Any, inputs_embeds: Any) -> None:
@@ -68,7 +69,7 @@ def check_inputs(
         name = "input_ids" if input_ids is not None else "inputs_embeds"
         raise RuntimeError(f"{name} has batch {B} and length {S}, expected both at least 1")
     if input_ids is not None:
-        _check_ids("input_ids", input_ids, ((B, S),), word.device)
+        _check_ids("input_ids", input_ids, B, S, word.device)
         _check_index("input_ids", input_ids, word.shape[0], "word_embeddings", IndexError)
     elif (
         inputs_embeds.shape[2] != word.shape[1]
@@ -87,12 +88,17 @@ def check_inputs(
                 "(max_position_embeddings) where no position_ids are given"
             )
     else:
-        _check_ids("position_ids", position_ids, ((1, S), (B, S)), word.device)
+        _check_ids("position_ids", position_ids, B, S, word.device)
+        if token_type_ids is None and tuple(position_ids.shape) not in ((1, S), (B, S)):
+            raise RuntimeError(
+                f"position_ids has shape {tuple(position_ids.shape)}, expected (1, {S}) or ({B}, {S}) where no "
+                "token_type_ids are given"
+            )
         # without token types, transformers looks them up by position first and that gather raises RuntimeError
         error = RuntimeError if token_type_ids is None else IndexError
         _check_index("position_ids", position_ids, table, "position_embeddings", error)
     if token_type_ids is not None:
-        _check_ids("token_type_ids", token_type_ids, ((B, S), (1, S), (S,)), word.device)
+        _check_ids("token_type_ids", token_type_ids, B, S, word.device)
         types = embeddings.token_type_embeddings.weight.shape[0]
         _check_index("token_type_ids", token_type_ids, types, "token_type_embeddings", IndexError)
     if attention_mask is not None:

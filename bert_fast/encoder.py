@@ -1,6 +1,6 @@
-"""The encoder tier: embeddings to pooler on packed rows, seven launches a layer, no mask and no padding in between.
+"""The encoder tier: embeddings to pooler on packed rows, seven ops a layer, no mask and no padding in between.
 
-Launches of a layer: qkv_linear, attention, linear, residual_layer_norm, linear_gelu, linear, residual_layer_norm.
+A layer: qkv_linear, attention, linear, residual_layer_norm, linear_gelu, linear, residual_layer_norm.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def _on_path(rows: torch.Tensor, padded: torch.Tensor, packing: Packing) -> torc
     return padded.view(rows.shape).index_select(0, packing.token)
 
 
+def _padded(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(T, hidden) as (B, S, hidden); no view to autograd, which forbids some in-place changes of views to the user."""
+    return torch.ops.aten._unsafe_view(rows, (packing.B, packing.S, rows.shape[1]))
+
+
 def _embed(
     embeddings: nn.Module,
     packing: Packing,
@@ -48,11 +53,13 @@ def _embed(
     want_padded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, S = packing.B, packing.S
-    if position_ids is None:
-        position_ids = embeddings.position_ids[:, :S]
-    if token_type_ids is None:  # as upstream: a gather by position from a buffer of zeros
+    if token_type_ids is None and position_ids is None:
+        token_type_ids = embeddings.token_type_ids[:, :S]
+    elif token_type_ids is None:  # as upstream: a gather by position from a buffer of zeros
         buffer = embeddings.token_type_ids.expand(position_ids.shape[0], -1)
         token_type_ids = buffer.gather(1, position_ids.long().clamp(0, buffer.shape[1] - 1))
+    if position_ids is None:
+        position_ids = embeddings.position_ids[:, :S]
     word, norm = embeddings.word_embeddings, embeddings.LayerNorm
     return embed_layer_norm(
         input_ids, inputs_embeds, token_type_ids.expand(B, S), position_ids.expand(B, S),
@@ -66,6 +73,8 @@ def _differentiable_context(qkv: torch.Tensor, probs: torch.Tensor, packing: Pac
     """Context (T, hidden) computed from the returned probabilities, so that they carry gradient as in eager."""
     B, heads, S, _ = probs.shape
     v = qkv[:, 2 * qkv.shape[1] // 3 :]
+    if packing.n_rows is not None:  # 0 * undefined rows may be NaN
+        v = torch.where((torch.arange(v.shape[0], device=v.device) < packing.n_rows)[:, None], v, 0.0)
     if not packing.identity:
         v = torch.zeros_like(v).index_copy(0, packing.token.long(), v)
     context = probs @ v.view(B, S, heads, -1).transpose(1, 2)
@@ -95,7 +104,7 @@ def encode(
     attentions: list[torch.Tensor] = []
 
     def keep(rows: torch.Tensor, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        padded = (rows if p.identity else padded).view(p.B, p.S, -1)
+        padded = _padded(rows if p.identity else padded, p)
         return (_on_path(rows, padded, p) if through_returned and want_hidden else rows), padded
 
     if want_hidden:
@@ -132,7 +141,7 @@ def encode(
         if want_hidden and not is_last:
             rows, padded = keep(rows, padded)
             hidden.append(padded)
-    last = (rows if p.identity else padded).view(p.B, p.S, -1)
+    last = _padded(rows if p.identity else padded, p)
     if want_hidden:
         hidden.append(last)
     pooler = model.pooler

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.models.bert import modeling_bert as hf
 
 from bert_fast import modeling
 from bert_fast.packing import resolve_padding
-from bert_fast.tiers import embeddings_reason, layer_reason, pooler_reason
+from bert_fast.tiers import embeddings_reason, layer_reason, module_reason, pooler_reason, word_table
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
     padding = "exact"
     if reason is None and mask is not None and (mask.dim() == 2 or isinstance(model, modeling.BertForMultipleChoice)):
         padding = resolve_padding(bert.padding, isinstance(model, modeling._FirstTokenHead), flags)
-    like = getattr(bert.embeddings.word_embeddings, "weight", None)
+    like = word_table(bert)
     rows = [_row(name or type(bert).__name__, reason)]
-    if isinstance(like, torch.Tensor) and like.dim() == 2:
+    if like is not None and module_reason(bert.encoder, hf.BertEncoder) is None:
         prefix = f"{name}." if name else ""
         rows.append(_row(f"{prefix}embeddings", reason and embeddings_reason(bert.embeddings, like)))
         for i, layer in enumerate(bert.encoder.layer):

@@ -132,7 +132,10 @@ class BertModel(_Fast, hf.BertModel):
         encoded = encode(
             self, packing, input_ids, token_type_ids, position_ids, inputs_embeds, bool(hidden_states), bool(attentions)
         )
-        return make_outputs(encoded, hidden_states, attentions, return_dict)
+        return make_outputs(encoded, hidden_states, attentions, return_dict, self.config.num_hidden_layers)
+
+
+_FORWARD = BertModel.forward
 
 
 def output_flags(model: hf.BertModel, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -147,10 +150,11 @@ def encoder_reason(
     model: BertModel, tensors: dict[str, Any], others: dict[str, Any], kwargs: dict[str, Any]
 ) -> str | None:
     """Why this call of a BertModel is not for the encoder tier, or None."""
+    parameter = next(model.parameters())
     return (
-        surroundings_reason(model.embeddings.position_ids.device.type)
+        surroundings_reason(parameter.device.type)
         or model_reason(model)
-        or call_reason(tensors, others, kwargs)
+        or call_reason(tensors, others, kwargs, parameter.dtype)
     )
 
 
@@ -161,7 +165,8 @@ class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
         """hidden_states (..., hidden); returns the same shape."""
         if torch.compiler.is_compiling() or transform_reason(self, hidden_states) is not None:
             return super().forward(hidden_states)
-        rows = linear(hidden_states.reshape(-1, hidden_states.shape[-1]), self.dense.weight, self.dense.bias, None)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+        rows = linear(rows, self.dense.weight, self.dense.bias, None)
         norm = self.LayerNorm
         act = activation_name(self.transform_act_fn)
         return gelu_layer_norm(rows, norm.weight, norm.bias, norm.eps, act).view(hidden_states.shape)
@@ -197,7 +202,8 @@ class _FirstTokenHead(_Fast):
 
     def _call(self, upstream_forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bert = self.bert
-        if type(bert) is BertModel and not bert._forward_hooks and not bert._forward_pre_hooks:
+        unseen = type(bert) is BertModel and not bert._forward_hooks and not bert._forward_pre_hooks
+        if unseen and BertModel.forward is _FORWARD and "forward" not in bert.__dict__:
             kwargs[FIRST_TOKEN_ONLY] = True
         return upstream_forward(*args, **kwargs)
 

@@ -18,12 +18,15 @@ from bert_fast.encoder import Encoded
 SELECTS_HIDDEN_STATES = hasattr(output_capturing, "selected_hidden_states")  # later than 5.17
 
 
-def select_hidden_states(hidden: list[torch.Tensor], wanted: Any) -> tuple[torch.Tensor | None, ...]:
-    """The tuple upstream returns for `output_hidden_states=wanted` (truthy), from all L + 1 hidden states."""
+def select_hidden_states(hidden: list[torch.Tensor], wanted: Any, n_layers: int) -> tuple[torch.Tensor | None, ...]:
+    """The tuple upstream returns for `output_hidden_states=wanted` (truthy), from all L + 1 hidden states.
+
+    n_layers: the config's number, by which upstream resolves negative indices.
+    """
     if isinstance(wanted, bool) or (isinstance(wanted, int) and not SELECTS_HIDDEN_STATES):
         return tuple(hidden)
     if SELECTS_HIDDEN_STATES:
-        n = len(hidden)
+        n = n_layers + 1
         indices = {i % n for i in ([wanted] if isinstance(wanted, int) else wanted) if -n <= i < n}
         return tuple(h if i in indices else None for i, h in enumerate(hidden))
     if isinstance(wanted, (list, tuple, set)):
@@ -32,14 +35,14 @@ def select_hidden_states(hidden: list[torch.Tensor], wanted: Any) -> tuple[torch
 
 
 def make_outputs(
-    encoded: Encoded, hidden_states: Any, attentions: Any, return_dict: bool | None
+    encoded: Encoded, hidden_states: Any, attentions: Any, return_dict: bool | None, n_layers: int
 ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
     """hidden_states, attentions: the flags as the caller gave them; return_dict False gives the tuple."""
     outputs = BaseModelOutputWithPoolingAndCrossAttentions(
         last_hidden_state=encoded.last, pooler_output=encoded.pooled
     )
     if hidden_states:
-        outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states)
+        outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states, n_layers)
     if attentions:
         outputs["attentions"] = tuple(encoded.attentions)
         outputs["cross_attentions"] = ()  # as upstream: asked for, and an encoder has none

@@ -55,7 +55,7 @@ def make_packing(
         bias, mask = mask, None
         if bias.dtype == torch.bool:
             fill = torch.finfo(torch.float32).min if uniform_empty else float("-inf")
-            bias = torch.zeros(bias.shape, dtype=torch.float32, device=device).masked_fill_(~bias, fill)
+            bias = torch.where(bias, torch.zeros((), dtype=torch.float32, device=device), fill)
     identity = mask is None
     if mask is None:
         mask = torch.ones((), dtype=torch.uint8, device=device).expand(B, S)

@@ -39,12 +39,24 @@ ACTIVATIONS: dict[type, str] = {
 }
 
 
-def _nested_code(function: Any, name: str) -> CodeType:
-    return next(c for c in function.__code__.co_consts if isinstance(c, CodeType) and c.co_name == name)
+def _nested_code(function: Any, name: str) -> CodeType | None:
+    constants = function.__code__.co_consts if function is not None else ()
+    return next((c for c in constants if isinstance(c, CodeType) and c.co_name == name), None)
 
 
 # transformers leaves this hook on layers and attentions after a first call that asked for outputs; it only reads
-CAPTURE_HOOK = _nested_code(output_capturing.install_output_capuring_hook, "output_capturing_hook")
+# (the name is upstream's spelling; under another one the hook would simply count as a hook)
+CAPTURE_HOOK = _nested_code(getattr(output_capturing, "install_output_capuring_hook", None), "output_capturing_hook")
+
+# What a call of each class runs, as imported: whoever replaces one of these for everybody gets transformers' forward.
+FORWARDS: dict[type, Any] = {
+    cls: cls.forward
+    for cls in (
+        *(hf.BertEmbeddings, hf.BertEncoder, hf.BertLayer, hf.BertAttention, hf.BertSelfAttention, hf.BertSelfOutput),
+        *(hf.BertIntermediate, hf.BertOutput, hf.BertPooler, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout),
+    )
+}
+ATTENTION_FUNCTIONS = (hf.eager_attention_forward, hf.ALL_ATTENTION_FUNCTIONS.get("sdpa"))
 
 
 def _hook_reason(module: nn.Module) -> str | None:
@@ -69,6 +81,8 @@ def module_reason(module: nn.Module | None, expected: type) -> str | None:
     assert module is not None
     if module.training:
         return "is in training mode"
+    if expected.forward is not FORWARDS.get(expected, expected.forward):
+        return f"is a {cls.__qualname__}, whose forward was replaced"
     return _hook_reason(module)
 
 
@@ -169,14 +183,19 @@ def layer_reason(layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
         reason = f"chunks its feed-forward by {layer.chunk_size_feed_forward}"
     if reason:
         return f"{path} {reason}"
+    if "feed_forward_chunk" in layer.__dict__:
+        return f"{path} has a replaced feed_forward_chunk"
     attention, inter = layer.attention, layer.intermediate
-    for name, reason in (
-        ("attention", module_reason(attention, hf.BertAttention)),
-        ("attention.self", module_reason(attention.self, hf.BertSelfAttention)),
-        ("intermediate", module_reason(inter, hf.BertIntermediate)),
-    ):
-        if reason:
-            return f"{path}.{name} {reason}"
+    reason = _parts_reason(
+        path,
+        [
+            ("attention", module_reason(attention, hf.BertAttention)),
+            ("attention.self", module_reason(getattr(attention, "self", None), hf.BertSelfAttention)),
+            ("intermediate", module_reason(inter, hf.BertIntermediate)),
+        ],
+    )
+    if reason:
+        return reason
     own = attention.self
     if own.num_attention_heads * own.attention_head_size != hidden or own.is_decoder or own.is_causal:
         return f"{path}.attention.self is causal or has heads that do not make up the hidden size"
@@ -212,6 +231,12 @@ def pooler_reason(pooler: nn.Module, like: torch.Tensor) -> str | None:
     )
 
 
+def word_table(model: nn.Module) -> torch.Tensor | None:
+    """The word embeddings (V, hidden) of a BertModel, if it has such a table: the model's dtype, device and size."""
+    word = getattr(getattr(model.embeddings, "word_embeddings", None), "weight", None)
+    return word if isinstance(word, torch.Tensor) and word.dim() == 2 else None
+
+
 def model_reason(model: nn.Module) -> str | None:
     """Why the modules of a BertModel cannot run on the encoder tier."""
     config = model.config
@@ -221,14 +246,19 @@ def model_reason(model: nn.Module) -> str | None:
         return "the model is a decoder"
     if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"attn_implementation={config._attn_implementation!r} was chosen"
-    if type(model)._create_attention_masks is not hf.BertModel._create_attention_masks:
-        return "the class makes its own attention masks"
-    word = getattr(getattr(model.embeddings, "word_embeddings", None), "weight", None)
-    if not isinstance(word, torch.Tensor) or word.dim() != 2:
+    masks = getattr(model._create_attention_masks, "__func__", None)
+    if masks is not hf.BertModel.__dict__["_create_attention_masks"]:
+        return "the model makes its own attention masks"
+    if (hf.eager_attention_forward, hf.ALL_ATTENTION_FUNCTIONS.get("sdpa")) != ATTENTION_FUNCTIONS:
+        return "an attention function of transformers was replaced"
+    word = word_table(model)
+    if word is None:
         return "embeddings.word_embeddings has no ordinary table"
     if word.dtype not in DTYPES:
         return f"parameters are {word.dtype}"
     reason = unsupported_reason(word.device) or embeddings_reason(model.embeddings, word)
+    if reason is None and not all(hasattr(model.embeddings, name) for name in ("position_ids", "token_type_ids")):
+        reason = "embeddings has lost a buffer"
     reason = reason or _parts_reason("encoder", [("", module_reason(model.encoder, hf.BertEncoder))])
     if reason:
         return reason
@@ -256,8 +286,10 @@ def surroundings_reason(device_type: str) -> str | None:
     return None
 
 
-def call_reason(tensors: dict[str, Any], unused: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
-    """What about the arguments of one forward call needs transformers' code."""
+def call_reason(
+    tensors: dict[str, Any], unused: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype
+) -> str | None:
+    """What about the arguments of one forward call needs transformers' code; dtype: the model's."""
     for name, value in unused.items():
         if value is not None:
             return f"{name} was given"
@@ -267,9 +299,11 @@ def call_reason(tensors: dict[str, Any], unused: dict[str, Any], kwargs: dict[st
     for name, value in tensors.items():
         if value is not None and type(value) not in (torch.Tensor, nn.Parameter):
             return f"{name} is a {type(value).__name__}"
-    mask = tensors["attention_mask"]
-    if mask is not None and mask.dim() == 4 and not (mask.is_floating_point() or mask.dtype == torch.bool):
-        return "attention_mask is a 4-D integer mask"
+    mask, embeds = tensors["attention_mask"], tensors["inputs_embeds"]
+    if mask is not None and mask.dim() == 4 and mask.dtype not in (torch.bool, dtype):
+        return f"attention_mask is a 4-D mask of {mask.dtype}, the model is {dtype}"
+    if embeds is not None and embeds.dtype != dtype and torch.promote_types(embeds.dtype, dtype) == dtype:
+        return f"inputs_embeds is {embeds.dtype}, the model is {dtype}"
     return None
 
 

@@ -1,8 +1,11 @@
-"""transformers' own attention modules, changed in one respect: weights asked for per call are real under sdpa too.
+"""transformers' own attention modules, changed where the tiers would otherwise disagree.
 
-transformers answers such a call with an empty tuple, because scaled_dot_product_attention keeps no weights. Here that
-call runs transformers' own forward with its own eager function. The shared config is not touched, so threads cannot
-disturb each other.
+- Weights asked for per call are real under sdpa too: transformers answers with an empty tuple, because
+  scaled_dot_product_attention keeps no weights. That call runs transformers' forward with its own eager function; a
+  query without any key keeps sdpa's context of zeros, and has weights of zero.
+- A 4-D boolean mask says which keys to keep under eager too, where transformers would add it as 0 and 1.
+
+The shared config is not touched, so threads cannot disturb each other.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import Any
 
 import torch
 from transformers.models.bert import modeling_bert as hf
+
+Attended = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _EagerView:
@@ -26,26 +31,40 @@ class _EagerView:
         return getattr(self._module, name)
 
 
-def _eager_mask(
-    mask: torch.Tensor | None, causal: bool, past: Any, layer_idx: int, hidden: torch.Tensor
-) -> torch.Tensor | None:
-    """The additive mask eager would have got, from the boolean keep-mask, or none, that sdpa gets."""
+def _causal_keep(past: Any, layer_idx: int, hidden: torch.Tensor) -> torch.Tensor | None:
+    """The keep-mask that sdpa's `is_causal` stands for."""
     q_len = hidden.shape[1]
-    if mask is None and causal and q_len > 1:  # sdpa is told `is_causal` instead
-        kv_len = q_len if past is None else past.get_mask_sizes(q_len, layer_idx)[0]
-        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=hidden.device).tril()[None, None]
+    if q_len == 1:
+        return None
+    kv_len = q_len if past is None else past.get_mask_sizes(q_len, layer_idx)[0]
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=hidden.device).tril()[None, None]
+
+
+def _additive(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """A boolean keep-mask as the additive one that eager takes."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
     return torch.where(mask, zero, torch.finfo(hidden.dtype).min)
 
 
+def _without_dead_rows(attended: Attended, keep: torch.Tensor | None) -> Attended:
+    """sdpa's zeros for queries that `keep` leaves no key; context (B, S, heads * D), weights (B, heads, S, keys)."""
+    context, weights = attended
+    if keep is None or keep.dtype != torch.bool or weights is None:
+        return attended
+    dead = ~keep.any(-1, keepdim=True)
+    per_head = context.view(*context.shape[:2], weights.shape[1], -1).masked_fill(dead.transpose(1, 2), 0.0)
+    return per_head.view(context.shape), weights.masked_fill(dead, 0.0)
+
+
 def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("output_attentions")) and module.config._attn_implementation == "sdpa"
+    wanted = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
+    return bool(wanted) and module.config._attn_implementation == "sdpa"
 
 
 class BertSelfAttention(hf.BertSelfAttention):
-    """transformers' BertSelfAttention; real weights under sdpa when `output_attentions` is asked for."""
+    """transformers' BertSelfAttention; see the module's docstring for what differs."""
 
     def forward(
         self,
@@ -53,19 +72,23 @@ class BertSelfAttention(hf.BertSelfAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Attended:
         if not _wants_weights(self, kwargs):
+            if self.config._attn_implementation == "eager":
+                attention_mask = _additive(attention_mask, hidden_states)
             return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
-        is_causal = kwargs.get("is_causal")
-        causal = self.is_causal if is_causal is None else is_causal
-        mask = _eager_mask(attention_mask, causal, past_key_values, self.layer_idx, hidden_states)
-        return hf.BertSelfAttention.forward(
+        keep, is_causal = attention_mask, kwargs.get("is_causal")
+        if keep is None and (self.is_causal if is_causal is None else is_causal):
+            keep = _causal_keep(past_key_values, self.layer_idx, hidden_states)
+        mask = _additive(keep, hidden_states)
+        attended = hf.BertSelfAttention.forward(
             _EagerView(self), hidden_states, mask, past_key_values=past_key_values, **kwargs
         )
+        return _without_dead_rows(attended, keep)
 
 
 class BertCrossAttention(hf.BertCrossAttention):
-    """transformers' BertCrossAttention; real weights under sdpa when `output_attentions` is asked for."""
+    """transformers' BertCrossAttention; see the module's docstring for what differs."""
 
     def forward(
         self,
@@ -74,10 +97,13 @@ class BertCrossAttention(hf.BertCrossAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Attended:
         if not _wants_weights(self, kwargs):
+            if self.config._attn_implementation == "eager":
+                attention_mask = _additive(attention_mask, hidden_states)
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs)
-        mask = _eager_mask(attention_mask, False, None, self.layer_idx, hidden_states)
-        return hf.BertCrossAttention.forward(
+        mask = _additive(attention_mask, hidden_states)
+        attended = hf.BertCrossAttention.forward(
             _EagerView(self), hidden_states, encoder_hidden_states, mask, past_key_values, **kwargs
         )
+        return _without_dead_rows(attended, attention_mask)

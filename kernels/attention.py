@@ -50,7 +50,7 @@ def attention_ref(
     is_key = torch.arange(S, device=qkv.device) < kv_len[:, None]
     if uniform_empty:
         empty = (kv_len == 0)[:, None]
-        scores = torch.where(empty[:, None, None], 0.0, scores)
+        scores = torch.where(empty[:, None, None], scores - scores.detach(), scores)  # 0 that keeps the gradient
         is_key = is_key | empty
     scores = scores.masked_fill(~is_key[:, None, None], float("-inf"))
     lse = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
@@ -72,7 +72,7 @@ def attention_ref(
 
 @triton.jit
 def _load(ptrs, key_mask, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
-    """A block of keys or values; no mask where none is needed. Masked: 0, since 0 * undefined memory may be NaN."""
+    """A block of keys, values or bias, masked only where needed; then 0, since 0 * undefined memory may be NaN."""
     if MASK_KEYS and MASK_D:
         x = tl.load(ptrs, mask=key_mask & d_mask, other=0.0)
     elif MASK_KEYS:
@@ -96,11 +96,7 @@ def _scores(
     if HAS_BIAS:
         bias_ptrs = bias_ptr + (bias_offsets + cols[None, :] * stride_bias_k)
         # a bias of finfo.min must not overflow when all keys have it, so it is not folded into base 2
-        if MASK_KEYS:
-            bias = tl.load(bias_ptrs, mask=cols[None, :] < kv_len, other=0.0)
-        else:
-            bias = tl.load(bias_ptrs)
-        s += bias.to(tl.float32)
+        s += _load(bias_ptrs, cols[None, :] < kv_len, d_mask, MASK_KEYS, False).to(tl.float32)
     if MASK_KEYS:
         s = tl.where(cols[None, :] < kv_len, s, float("-inf"))
     return s
@@ -148,7 +144,7 @@ def _sum_step(
 @triton.jit
 def _probs_step(
     acc, shift, inv_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
-    row_ptrs, row_mask, key_token_ptr, first_token,
+    probs_ptr, row_offsets, row_mask, key_token_ptr, first_token,
     MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,50 +152,48 @@ def _probs_step(
     s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     p = _exp(s - shift[:, None], HAS_BIAS)
     p *= inv_sum[:, None]
-    p = p.to(row_ptrs.dtype.element_ty)
+    p = p.to(probs_ptr.dtype.element_ty)
     cols = n + n_cols
     at = cols
     if MAPPED:
         at = tl.load(key_token_ptr + cols, mask=cols < kv_len, other=0) - first_token
     if MASK_KEYS:
         row_mask = row_mask & (cols < kv_len)[None, :]
-    tl.store(row_ptrs + at[None, :], p, mask=row_mask)
+    tl.store(probs_ptr + (row_offsets + at[None, :]), p, mask=row_mask)
     v = _load(v_ptrs, (n + n_cols)[:, None] < kv_len, d_mask[None, :], MASK_KEYS, MASK_D)
     return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _store_zeros(row_ptrs, first, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED: tl.constexpr, BLOCK_N: tl.constexpr):  # noqa: E501  # fmt: skip
+def _store_zeros(probs_ptr, row_offsets, first, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED: tl.constexpr, BLOCK_N: tl.constexpr):  # noqa: E501  # fmt: skip
     """Zeros into columns `first`.. of the rows: padding keys, and keys that are no row."""
-    zero = tl.zeros((1, BLOCK_N), row_ptrs.dtype.element_ty)
+    zero = tl.zeros((1, BLOCK_N), probs_ptr.dtype.element_ty)
     for n in range(first, S, BLOCK_N):
         cols = n + n_cols
         at = cols
         if MAPPED:
             place = tl.where(cols < q_len, start + cols, dropped + cols - q_len)
             at = tl.load(token_ptr + place, mask=cols < S, other=0) - first_token
-        tl.store(row_ptrs + at[None, :], zero, mask=row_mask & (cols < S)[None, :])
+        tl.store(probs_ptr + (row_offsets + at[None, :]), zero, mask=row_mask & (cols < S)[None, :])
 
 
 @triton.jit
 def _probs_pass(
     acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets,
-    stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S,
-    MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+    stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr, start, q_len, dropped,
+    first_token, S, MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Second pass over the keys: every column of the rows is stored, in place or (MAPPED) at its token's position."""
     for n in range(0, full, BLOCK_N):
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
     for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    _store_zeros(
-        row_ptrs, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED, BLOCK_N
-    )
+        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
+    _store_zeros(probs_ptr, row_offsets, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED, BLOCK_N)  # noqa: E501  # fmt: skip
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def _attention_kernel(
     qkv_ptr, stride_t, bias_ptr, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     token_ptr, cu_seqlens_ptr, kv_len_ptr, prefix_ptr, out_ptr, probs_ptr, lse_ptr,
@@ -210,9 +204,10 @@ def _attention_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head of one sequence against all its keys."""
     MASK_D: tl.constexpr = BLOCK_D != D
-    pid_m = tl.program_id(0)
+    tiles_m = tl.cdiv(S, BLOCK_M)
+    pid_m = tl.program_id(0) % tiles_m
+    b = tl.program_id(0) // tiles_m
     h = tl.program_id(1)
-    b = tl.program_id(2)
     start = tl.load(cu_seqlens_ptr + b)
     q_len = tl.load(cu_seqlens_ptr + b + 1) - start
     if not WANT_PROBS:
@@ -222,6 +217,8 @@ def _attention_kernel(
     if UNIFORM_EMPTY:  # scores of 0 over all S keys; such a sequence keeps all its rows
         scale = tl.where(kv_len == 0, 0.0, scale)
         kv_len = tl.where(kv_len == 0, q_len, kv_len)
+    if WANT_PROBS:  # a tile of no rows has only zeros to store
+        kv_len = tl.where(pid_m * BLOCK_M < q_len, kv_len, 0)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     n_cols = tl.arange(0, BLOCK_N)
@@ -260,15 +257,16 @@ def _attention_kernel(
         dropped = tl.load(cu_seqlens_ptr + B) + first_token - start
         row_is_token = tl.where(rows < q_len, start + rows, dropped + rows - q_len)
         at = tl.load(token_ptr + row_is_token, mask=rows < S, other=0) - first_token
-        row_ptrs = probs_ptr + (((b * H + h).to(tl.int64) * S + at) * S)[:, None]
+        probs_ptr += (b * H + h).to(tl.int64) * S * S
+        row_offsets = (at * S)[:, None]
         row_mask = (rows < q_len)[:, None]
         if tl.load(prefix_ptr + b) != 0:  # right padding: contiguous stores, no gather of positions
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         else:
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, row_ptrs, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
+            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
         # the tokens that are no row: whole rows of zeros
         if (pid_m + 1) * BLOCK_M > q_len:
-            _store_zeros(row_ptrs, 0, S, ((rows >= q_len) & (rows < S))[:, None], token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
+            _store_zeros(probs_ptr, row_offsets, 0, S, ((rows >= q_len) & (rows < S))[:, None], token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
     else:
         for n in range(0, full, BLOCK_N):
             acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
@@ -364,13 +362,13 @@ def attention_triton(
     out, probs, lse = _attention_fake(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, False)
     op = "attention_probs" if want_probs else "attention"
     config = config or choose(op, "dim<=64" if D <= 64 else "dim<=128", qkv.dtype, capability(qkv.device))
-    bias_strides = (0, 0, 0, 0)
+    bias_strides = [0] * 4
     if bias is not None:
-        bias_strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))  # type: ignore[assignment]
-    if S * max(qkv.stride(0), bias_strides[2] + bias_strides[3]) >= 2**31:
-        raise ValueError(f"attention: S={S}, expected qkv and bias of one sequence to span less than 2**31 elements")
+        bias_strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
+    if S * max(qkv.stride(0), bias_strides[2] + bias_strides[3], S * want_probs) >= 2**31:
+        raise ValueError(f"attention: S={S}, expected qkv, bias and probabilities to span < 2**31 elements a head")
     with device_guard(qkv):
-        _attention_kernel[(ceil_div(S, config.BLOCK_M), heads, B)](
+        _attention_kernel[(ceil_div(S, config.BLOCK_M) * B, heads)](
             qkv, qkv.stride(0), bias, *bias_strides, token, cu_seqlens, kv_len, prefix, out, probs, lse,
             B, S, T, heads, scale, D=D,
             WANT_PROBS=want_probs, UNIFORM_EMPTY=uniform_empty, HAS_BIAS=bias is not None,

@@ -58,7 +58,10 @@ def _gather(table_ptr, index, size, cols, N):
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["S", "stride_ids_b", "stride_types_b", "stride_positions_b", "stride_embeds_b"],
+    do_not_specialize_on_alignment=["n_rows_ptr"],
+)
 def _embed_layer_norm_kernel(
     ids_ptr, stride_ids_b, stride_ids_s, embeds_ptr, stride_embeds_b, stride_embeds_s, stride_embeds_n,
     types_ptr, stride_types_b, stride_types_s, positions_ptr, stride_positions_b, stride_positions_s,

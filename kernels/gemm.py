@@ -69,7 +69,7 @@ def _walk_pointers(
 
 @triton.jit
 def _walk_descriptors(
-    x_desc, w_desc, bias_ptr, y_desc, part, M, N, K,
+    x_desc, w_desc, bias_ptr, y_desc, M, N, K,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -89,12 +89,12 @@ def _walk_descriptors(
             left += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             cols += BLOCK_N // 2
             right += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        col = part * N + pid_n * BLOCK_N
-        y_desc.store([pid_m * BLOCK_M, col], activate(left, ACT, False).to(DTYPE))
-        y_desc.store([pid_m * BLOCK_M, col + BLOCK_N // 2], activate(right, ACT, False).to(DTYPE))
+        y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], activate(left, ACT, False).to(DTYPE))
+        y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], activate(right, ACT, False).to(DTYPE))
 
 
-@triton.jit
+# The row capacity and the address of n_rows change from call to call and buy no better code: no variants for them.
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["n_rows_ptr"])
 def _gemm_pointer_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr,
     n_rows_ptr,  # int32 (1,): rows in use, read on the device; absent: all M
@@ -123,9 +123,10 @@ def _gemm_pointer_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["n_rows_ptr"])
 def _gemm_tma_kernel(
-    x_desc, w0_desc, w1_desc, w2_desc, b0_ptr, b1_ptr, b2_ptr, y_desc,
+    x_desc, w0_desc, w1_desc, w2_desc, b0_ptr, b1_ptr, b2_ptr,
+    y0_desc, y1_desc, y2_desc,  # each part's columns of the output: stores are clipped at N
     n_rows_ptr, M, N, K,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -135,12 +136,12 @@ def _gemm_tma_kernel(
     part = tl.program_id(1)
     # a descriptor is a kernel parameter and cannot be selected at run time: one tile loop per part
     if part == 0:
-        _walk_descriptors(x_desc, w0_desc, b0_ptr, y_desc, 0, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+        _walk_descriptors(x_desc, w0_desc, b0_ptr, y0_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
     if PARTS > 1:
         if part == 1:
-            _walk_descriptors(x_desc, w1_desc, b1_ptr, y_desc, 1, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+            _walk_descriptors(x_desc, w1_desc, b1_ptr, y1_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
         if part == 2:
-            _walk_descriptors(x_desc, w2_desc, b2_ptr, y_desc, 2, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+            _walk_descriptors(x_desc, w2_desc, b2_ptr, y2_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
 
 
 def check_linear(op: str, x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
@@ -159,13 +160,14 @@ def check_linear(op: str, x: torch.Tensor, weights: list[torch.Tensor], biases: 
             raise ValueError(f"{op}: some projections have a bias and some have none")
 
 
-def _tma_fits(config: TileConfig, x: torch.Tensor, weights: list[torch.Tensor], N: int) -> bool:
-    """Tensor descriptors want 16-byte rows and addresses; side-by-side parts must not share a column tile."""
-    aligned = all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in (x, *weights)
+def _tma_fits(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
+    """Whether tensor descriptors can take these: a chip that has them, half dtypes, 16-byte rows and addresses."""
+    if x.dtype == torch.float32 or (x.device.type == "cuda" and not supports_tma(x.device)):
+        return False  # the interpreter (CPU tensors) emulates descriptors
+    strides = [weights[0].shape[0], *(t.stride(0) for t in (x, *weights))]
+    return all(n * x.element_size() % 16 == 0 for n in strides) and all(
+        t.data_ptr() % 16 == 0 for t in (x, *weights)
     )
-    row_bytes = len(weights) * N * x.element_size()
-    return aligned and row_bytes % 16 == 0 and (len(weights) == 1 or N % config.BLOCK_N == 0)
 
 
 def gemm_triton(
@@ -176,18 +178,25 @@ def gemm_triton(
     act: str,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
-    """Launch on x (T, K): one (N, K) weight, or three, to (T, len(weights) * N). Rows past n_rows stay unwritten."""
+    """Launch on x (T, K): one (N, K) weight, or three, to (T, len(weights) * N). Rows past n_rows are undefined."""
     M, K = x.shape
     N, parts = weights[0].shape[0], len(weights)
     y = x.new_empty(M, parts * N)
     if M == 0:
         return y
-    config = config or choose("gemm", row_class(M), x.dtype, capability(x.device))
     if any(w.stride() != weights[0].stride() or w.stride(1) != 1 for w in weights):  # one stride for all
         weights = [w.contiguous() for w in weights]
     biases = [b if b is None else b.contiguous() for b in biases]
-    w0, w1, w2 = (weights * 3)[:3]
-    b0, b1, b2 = (biases * 3)[:3]
+    tma_fits = _tma_fits(x, weights)
+    if config is None:
+        config = choose("gemm", row_class(M), x.dtype, capability(x.device))
+        if not (config.tma and tma_fits) and any(n % 16 for n in (K, x.stride(0), weights[0].stride(0))):
+            config = choose("gemm", row_class(1), x.dtype, (0, 0))  # loads of single elements: a large tile would spill
+    use_tma = config.tma and tma_fits
+    if config.tma and not use_tma:
+        config = choose("gemm", row_class(M), x.dtype, (0, 0))  # a generic tile, made for pointer loads
+    absent = [None] * (3 - parts)
+    b0, b1, b2 = biases + absent
     tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N)
     grid = (max(1, min(tiles, num_sms(x.device) // parts)), parts)
     shared = {
@@ -203,17 +212,18 @@ def gemm_triton(
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
     }
-    on_chip = x.device.type != "cuda" or supports_tma(x.device)  # the interpreter emulates descriptors
     with device_guard(x):
-        if config.tma and on_chip and x.dtype != torch.float32 and _tma_fits(config, x, weights, N):
+        if use_tma:
             x_desc = TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K])
-            w_descs = [TensorDescriptor.from_tensor(w, [config.BLOCK_N, config.BLOCK_K]) for w in (w0, w1, w2)]
-            y_desc = TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N // 2])
+            w_descs = [TensorDescriptor.from_tensor(w, [config.BLOCK_N, config.BLOCK_K]) for w in weights]
+            y_descs = [TensorDescriptor.from_tensor(c, [config.BLOCK_M, config.BLOCK_N // 2]) for c in y.split(N, 1)]
             dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-            _gemm_tma_kernel[grid](x_desc, *w_descs, b0, b1, b2, y_desc, n_rows, M, N, K, DTYPE=dtype, **shared)
+            _gemm_tma_kernel[grid](
+                x_desc, *w_descs, *absent, b0, b1, b2, *y_descs, *absent, n_rows, M, N, K, DTYPE=dtype, **shared
+            )
         else:
             _gemm_pointer_kernel[grid](
-                x, w0, w1, w2, b0, b1, b2, y, n_rows, M, N, K, x.stride(0), w0.stride(0), y.stride(0),
+                x, *weights, *absent, b0, b1, b2, y, n_rows, M, N, K, x.stride(0), weights[0].stride(0), y.stride(0),
                 PRECISION=dot_precision(x.dtype), **shared,
             )  # fmt: skip
     return y

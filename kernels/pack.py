@@ -61,7 +61,7 @@ def positions(token: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.Te
     return token[place].long() - (b * S)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "stride_b"])
 def _row_count_kernel(mask_ptr, stride_b, stride_s, q_len_ptr, S, BLOCK_S: tl.constexpr):
     b = tl.program_id(0)
     row_ptr = mask_ptr + b.to(tl.int64) * stride_b
@@ -74,7 +74,7 @@ def _row_count_kernel(mask_ptr, stride_b, stride_s, q_len_ptr, S, BLOCK_S: tl.co
     tl.store(q_len_ptr + b, tl.where(count == 0, S, count + first_is_padding))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "S", "stride_b"])
 def _pack_kernel(
     mask_ptr, stride_b, stride_s,
     q_len_ptr,  # int32 (B,): rows of each sequence; absent: S each
@@ -134,13 +134,13 @@ def pack_triton(mask: torch.Tensor, skip: bool) -> Packed:
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     token, cu_seqlens, kv_len, prefix = (mask.new_empty(n, dtype=torch.int32) for n in (B * S, B + 1, B, B))
     q_len = mask.new_empty(B, dtype=torch.int32) if skip else None
-    BLOCK_S = min(next_power_of_2(S), 1024)
+    BLOCK_S = min(max(next_power_of_2(S), 128), 1024)
     with device_guard(mask):
         if q_len is not None:
             _row_count_kernel[(B,)](mask, *mask.stride(), q_len, S, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True)
         _pack_kernel[(B,)](
             mask, *mask.stride(), q_len, token, cu_seqlens, kv_len, prefix, B, S,
-            SKIP=skip, BLOCK_B=min(next_power_of_2(B), 1024), BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True,
+            SKIP=skip, BLOCK_B=1024, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return token, cu_seqlens, kv_len, prefix
 

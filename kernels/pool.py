@@ -24,8 +24,8 @@ def _pool_kernel(
     hidden_ptr, weight_ptr, bias_ptr, y_ptr, B, N, K, stride_b, stride_w,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     # rows and columns past the end wrap around; they are never stored
     x_ptrs = hidden_ptr + (rows % B).to(tl.int64)[:, None] * stride_b + inner[None, :]
@@ -63,7 +63,7 @@ def pool_triton(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
     y = hidden.new_empty(B, N)
     config = choose("pool", "any", hidden.dtype, capability(hidden.device))
     with device_guard(hidden):
-        _pool_kernel[(ceil_div(N, config.BLOCK_N), ceil_div(B, config.BLOCK_M))](
+        _pool_kernel[(ceil_div(B, config.BLOCK_M), ceil_div(N, config.BLOCK_N))](
             hidden, weight, bias.contiguous(), y, B, N, K, hidden.stride(0), weight.stride(0),
             PRECISION=dot_precision(hidden.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,

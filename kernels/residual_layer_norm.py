@@ -70,7 +70,7 @@ def _store_dropped(padded_ptr, token_ptr, row, cols, N, WANT_PADDED: tl.constexp
         tl.store(padded_ptr + token * N + cols, zero, mask=cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["n_rows_ptr"])
 def _residual_layer_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr, stride_x, stride_residual,
     N, eps,
@@ -91,7 +91,7 @@ def _residual_layer_norm_kernel(
 
 
 def num_warps(block: int) -> int:
-    """Warps of a one-row-per-program kernel: 16 bytes a thread in half precision, at least one warp."""
+    """Warps of a one-row-per-program kernel: 16 elements a thread, at least one warp."""
     return min(max(block // 512, 1), 8)
 
 

@@ -26,8 +26,8 @@ except ImportError:  # macOS, Windows, or a torch without its Triton
         def constexpr(value: Any) -> Any:
             return value
 
-        def jit(self, fn: Any) -> Any:
-            return fn
+        def jit(self, fn: Any = None, **options: Any) -> Any:
+            return fn if fn is not None else lambda fn: fn
 
     triton = tl = _Absent()  # type: ignore[assignment]
     TensorDescriptor = None  # type: ignore[assignment, misc]
@@ -95,4 +95,5 @@ def device_guard(x: torch.Tensor) -> Any:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: IEEE for fp32 unless torch allows TF32; other dtypes ignore it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # `allow_tf32` shows here too, but reading it raises once a user has set the newer `fp32_precision`
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
