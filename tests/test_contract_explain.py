@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import CLASSES, assert_tier, head_inputs, model_inputs, pair
+from helpers import CLASSES, assert_close_fp32, assert_tier, head_inputs, model_inputs, pair
+from transformers.models.bert import modeling_bert
 
 import bert_fast
 
@@ -75,17 +76,33 @@ def test_explain_leaves_no_trace():
 
 @pytest.mark.parametrize("expected", ["encoder", "upstream"])
 def test_the_tier_told_is_the_tier_that_runs(expected, monkeypatch):
-    """Transformers' own layers run in the upstream tier, and only there."""
+    """Transformers' own forward runs in the upstream tier, and only there."""
     _, ours = pair()
     if expected == "upstream":
         ours.encoder.layer[0].attention.self.value = torch.nn.Sequential(
             ours.encoder.layer[0].attention.self.value
         ).eval()
     calls = []
-    layer = type(ours.encoder.layer[0])
-    inner = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda self, *a, **k: (calls.append(1), inner(self, *a, **k))[1])
+    upstream = modeling_bert.BertModel
+    inner = upstream.forward
+    monkeypatch.setattr(upstream, "forward", lambda self, *a, **k: (calls.append(1), inner(self, *a, **k))[1])
     inputs = model_inputs(kind="right")
     assert_tier(ours, inputs, expected)
     ours(**inputs)
-    assert len(calls) == (2 if expected == "upstream" else 0)
+    assert len(calls) == (1 if expected == "upstream" else 0)
+
+
+@pytest.mark.parametrize("name", ["BertLayer", "BertSelfAttention", "BertIntermediate"])
+def test_a_forward_replaced_for_the_whole_class_takes_effect(name, monkeypatch):
+    upstream, ours = pair()
+    cls = getattr(modeling_bert, name)
+    inner = cls.forward
+
+    def doubled(self, *args, **kwargs):
+        out = inner(self, *args, **kwargs)
+        return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+    monkeypatch.setattr(cls, "forward", doubled)
+    inputs = model_inputs(kind="right")
+    assert "forward was replaced" in assert_tier(ours, inputs, "upstream").reason
+    assert_close_fp32(ours(**inputs), upstream(**inputs), name)
