@@ -49,13 +49,18 @@ def _additive(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor |
 
 
 def _without_dead_rows(attended: Attended, keep: torch.Tensor | None) -> Attended:
-    """sdpa's zeros for queries that `keep` leaves no key; context (B, S, heads * D), weights (B, heads, S, keys)."""
+    """sdpa's zeros for queries that `keep` leaves no key; context (B, S, heads * D), weights (B, heads, S, keys).
+
+    Weights that carry gradient stay the tensor that the context was computed from, uniform in such a row.
+    """
     context, weights = attended
     if keep is None or keep.dtype != torch.bool or weights is None:
         return attended
     dead = ~keep.any(-1, keepdim=True)
     per_head = context.view(*context.shape[:2], weights.shape[1], -1).masked_fill(dead.transpose(1, 2), 0.0)
-    return per_head.view(context.shape), weights.masked_fill(dead, 0.0)
+    if not weights.requires_grad:
+        weights = weights.masked_fill(dead, 0.0)
+    return per_head.view(context.shape), weights
 
 
 def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -330,7 +330,7 @@ def attention_cpu(
             lse[:, rows] = sums[0]
         return out, probs, lse
     lse.view(heads, B, S).copy_(sums.transpose(0, 1))
-    return context.transpose(1, 2).reshape(T, heads * D), probs, lse
+    return context.transpose(1, 2).reshape(T, heads * D).contiguous(), probs, lse
 
 
 def _with_probs(

@@ -211,6 +211,7 @@ def gemm_triton(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
+        **config.register_limit(),
     }
     with device_guard(x):
         if use_tma:
