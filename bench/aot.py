@@ -241,7 +241,9 @@ def cached(build: Build, key: str) -> dict[str, Any]:
     row = measure(build)
     if "error" not in row:
         CACHE.mkdir(exist_ok=True)
-        path.write_text(json.dumps(row))
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(row))
+        part.replace(path)  # never half a file, whatever ends this process
     return row
 
 

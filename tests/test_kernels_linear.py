@@ -134,12 +134,16 @@ def test_groups_of_row_tiles(n: int | None) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("parts,n,act", [(1, None, "gelu"), (1, 100, "gelu_tanh"), (3, None, "none"), (3, 65, "relu")])
-def test_descriptors(parts: int, n: int | None, act: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The TMA path; T and K are no multiples of the tile, and three parts lie side by side in the output."""
+@pytest.mark.parametrize(
+    "parts,N,n,act", [(1, 64, None, "gelu"), (1, 64, 100, "gelu_tanh"), (3, 64, None, "none"), (3, 40, 65, "relu")]
+)
+def test_descriptors(
+    parts: int, N: int, n: int | None, act: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The TMA path; T, K and 40 columns are no multiples of the tile, and three parts lie side by side in the output."""
     monkeypatch.setattr(gemm, "_gemm_pointer_kernel", None)  # so that it cannot have run
-    x, weights = randn(150, 72, dtype=dtype), [randn(64, 72, dtype=dtype, scale=0.1, seed=i) for i in range(parts)]
-    biases = [randn(64, dtype=dtype, seed=i) for i in range(parts)]
+    x, weights = randn(150, 72, dtype=dtype), [randn(N, 72, dtype=dtype, scale=0.1, seed=i) for i in range(parts)]
+    biases = [randn(N, dtype=dtype, seed=i) for i in range(parts)]
     y = gemm.gemm_triton(x, weights, biases, count(n), act, TileConfig(64, 32, 4, 3, 32, tma=True))
     low, truth = references(linear_ref, x[:n], torch.cat(weights), torch.cat(biases), None)
     assert_error_rule(y[:n], TORCH[act](low), TORCH[act](truth))
@@ -151,7 +155,7 @@ def test_descriptors(parts: int, n: int | None, act: str, dtype: torch.dtype, mo
     [
         ("rows of 72 bytes", 1, 70, 36, 64),
         ("output rows of 72 bytes", 1, 70, 40, 36),
-        ("parts share a column tile", 3, 70, 40, 40),
+        ("output columns of a part at 72 bytes", 3, 70, 40, 36),
     ],
 )
 def test_what_no_descriptor_fits(why: str, parts: int, T: int, K: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
