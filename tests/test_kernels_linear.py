@@ -140,7 +140,7 @@ def test_groups_of_row_tiles(n: int | None) -> None:
 def test_descriptors(
     parts: int, N: int, n: int | None, act: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The TMA path; T, K and 40 columns are no multiples of the tile, and three parts lie side by side in the output."""
+    """The TMA path; T, K and 40 columns are no multiples of the tile; three parts lie side by side in the output."""
     monkeypatch.setattr(gemm, "_gemm_pointer_kernel", None)  # so that it cannot have run
     x, weights = randn(150, 72, dtype=dtype), [randn(N, 72, dtype=dtype, scale=0.1, seed=i) for i in range(parts)]
     biases = [randn(N, dtype=dtype, seed=i) for i in range(parts)]
