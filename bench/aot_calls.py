@@ -16,13 +16,16 @@ from bert_fast.kernels import configs
 from bert_fast.kernels.activation import KERNEL_NAME
 from bert_fast.kernels.attention import attention_triton
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm_triton
+from bert_fast.kernels.first_rows import first_rows_triton
 from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm_triton
 from bert_fast.kernels.linear import linear_triton
 from bert_fast.kernels.linear_gelu import linear_gelu_triton
+from bert_fast.kernels.linear_layer_norm import linear_layer_norm_triton
 from bert_fast.kernels.pack import pack_triton
 from bert_fast.kernels.pool import pool_triton
 from bert_fast.kernels.qkv_linear import qkv_linear_triton
 from bert_fast.kernels.residual_layer_norm import residual_layer_norm_triton
+from bert_fast.kernels.runtime import dependent_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 INTEGERS = {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -53,6 +56,25 @@ def gemm(op: str, dtype: str, rows: int, N: int, K: int, act: str = "none", opti
         launch(x, *weights, *biases, empty(1) if optional else None, *([act] if op == "linear_gelu" else []))
 
     return Call(op, dtype, f"{configs.row_class(rows)} {N}x{K} {act}{'' if optional else ' no bias'}", run)
+
+
+def product_layer_norm(dtype: str, rows: int, N: int, K: int) -> Call:
+    def run() -> None:
+        x, p = empty(rows, K, dtype=DTYPES[dtype]), empty(N, dtype=DTYPES[dtype])
+        weight, residual = x.new_empty(N, K), x.new_empty(rows, N)
+        linear_layer_norm_triton(x, weight, p, residual, p, p, 1e-12, None, empty(1), True, False)
+
+    return Call("linear_layer_norm", dtype, f"{configs.row_class(rows)} {N}x{K}", run)
+
+
+def dependent(call: Call) -> Call:
+    """The same call with dependent launch on, where the target has it."""
+
+    def run() -> None:
+        with dependent_launches(torch.device("meta")):
+            call.run()
+
+    return Call(call.op, call.dtype, f"{call.shape} dependent", run)
 
 
 def attention(dtype: str, D: int, probs: bool, bias: str = "", S: int = 128, uniform: bool = False) -> Call:
@@ -100,6 +122,13 @@ def embed(dtype: str, N: int, ids: torch.dtype | None, padded: bool = False, cou
     return Call("embed_layer_norm", dtype, shape, run)
 
 
+def first_rows(dtype: str, N: int) -> Call:
+    def run() -> None:
+        first_rows_triton(empty(512, N, dtype=DTYPES[dtype]), empty(512), empty(5), empty(4))
+
+    return Call("first_rows", dtype, str(N), run)
+
+
 def pool(dtype: str, N: int) -> Call:
     def run() -> None:
         weight = empty(N, N, dtype=DTYPES[dtype])
@@ -108,26 +137,31 @@ def pool(dtype: str, N: int) -> Call:
     return Call("pool", dtype, str(N), run)
 
 
-def pack(dtype: torch.dtype, skip: bool, B: int = 4, S: int = 128) -> Call:
+def pack(dtype: torch.dtype, skip: bool, B: int = 4, S: int = 128, bucket: bool = False) -> Call:
     name = str(dtype).removeprefix("torch.")
-    shape = f"{B}x{S} {'skip' if skip else 'exact'}"
-    return Call("pack", name, shape, lambda: pack_triton(empty(B, S, dtype=dtype), skip) and None)
+    shape = f"{B}x{S} {'skip' if skip else 'exact'}{' bucket' * bucket}"
+    true = empty(2) if bucket else None
+    return Call("pack", name, shape, lambda: pack_triton(empty(B, S, dtype=dtype), skip, true) and None)
 
 
 def calls() -> Iterator[Call]:
     """Every kernel, tile entry, dtype and constexpr variant that ships; the first call of an op stands for it."""
     acts = sorted(set(KERNEL_NAME.values()))
     last = configs.ROW_CLASSES[-1]
-    for rows in (2 * last, *configs.ROW_CLASSES):
-        for op, dtype in itertools.product(("linear", "qkv_linear"), DTYPES):
-            yield gemm(op, dtype, rows, 768, 768)
-        yield from (gemm("linear_gelu", "bf16", rows, 3072, 768, act) for act in acts)
-        yield from (gemm("linear_gelu", dtype, rows, 3072, 768, acts[0]) for dtype in DTYPES)
+    for rows, dtype in itertools.product((2 * last, *configs.ROW_CLASSES), ("bf16", "fp16")):
+        yield gemm("qkv_linear", dtype, rows, 768, 768)
+        yield gemm("linear_gelu", dtype, rows, 3072, 768, acts[0])
+        yield gemm("linear", dtype, rows, 768, 768)
+        yield product_layer_norm(dtype, rows, 768, 768)
+        yield product_layer_norm(dtype, rows, 768, 3072)
+    for rows in (2 * last, 128):
+        yield from (gemm("linear_gelu", "bf16", rows, 3072, 768, act) for act in acts[1:])
         for op in ("linear", "qkv_linear", "linear_gelu"):
             act = acts[0] if op == "linear_gelu" else "none"
             yield gemm(op, "bf16", rows, 768, 768, act, optional=False)
             yield gemm(op, "bf16", rows, 100, 100, act)  # rows of 200 bytes: never by TMA
-            yield gemm(op, "fp32", rows, 100, 100, act)
+    for op, dtype, size in itertools.product(("linear", "qkv_linear", "linear_gelu"), ("fp32", "tf32"), (768, 100)):
+        yield gemm(op, dtype, last, size, size, acts[0] if op == "linear_gelu" else "none")
     for probs in (False, True):
         for D, bias in itertools.product((64, 32, 128, 80, 20), ("", "full")):
             yield attention("bf16", D, probs, bias)
@@ -146,7 +180,16 @@ def calls() -> Iterator[Call]:
     yield embed("bf16", 768, None, padded=True)
     yield from (act_layer_norm("bf16", 768, act) for act in ("none", *acts))
     yield from (pool(dtype, N) for dtype, N in itertools.product(DTYPES, (768, 100)))
+    yield from (first_rows(dtype, 768) for dtype in ("bf16", "fp16", "fp32"))
     masks = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float16, torch.bfloat16)
     yield from (pack(dtype, skip) for dtype, skip in itertools.product(masks, (True, False)))
     yield pack(torch.int64, True, 2048, 2048)
     yield pack(torch.int64, False, 1, 33)
+    yield from (pack(torch.bool, skip, bucket=True) for skip in (True, False))
+    for rows in configs.ROW_CLASSES[:2]:  # the sizes that BertModel's graphs launch so
+        for op, N in (("qkv_linear", 768), ("linear_gelu", 3072)):
+            yield dependent(gemm(op, "bf16", rows, N, 768, acts[0] if op == "linear_gelu" else "none"))
+        yield from (dependent(product_layer_norm("bf16", rows, 768, K)) for K in (768, 3072))
+    yield from (dependent(call) for call in (attention("bf16", 64, False), attention("bf16", 64, True)))
+    yield from (dependent(call) for call in (embed("bf16", 768, torch.int64), pool("bf16", 768)))
+    yield from (dependent(pack(torch.bool, skip, bucket=True)) for skip in (True, False))

@@ -1,6 +1,7 @@
-"""The encoder tier: embeddings to pooler on packed rows, seven ops a layer, no mask and no padding in between.
+"""The encoder tier: embeddings to pooler on packed rows, five ops a layer, no mask and no padding in between.
 
-A layer: qkv_linear, attention, linear, residual_layer_norm, linear_gelu, linear, residual_layer_norm.
+A layer: qkv_linear, attention, linear_layer_norm, linear_gelu, linear_layer_norm. Where only the first tokens are read,
+the last layer has keys and values of all rows, but queries and everything after of the first tokens alone.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from torch import nn
 
 from bert_fast.kernels.attention import attention
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm
+from bert_fast.kernels.first_rows import first_rows
 from bert_fast.kernels.linear import linear
 from bert_fast.kernels.linear_gelu import linear_gelu
+from bert_fast.kernels.linear_layer_norm import linear_layer_norm
 from bert_fast.kernels.pool import pool
 from bert_fast.kernels.qkv_linear import qkv_linear
-from bert_fast.kernels.residual_layer_norm import residual_layer_norm
 from bert_fast.packing import Packing
 from bert_fast.tiers import activation_name
 
 
 @dataclass
 class Encoded:
-    """last (B, S, hidden); pooled (B, hidden) or None; hidden: embeddings and every layer; attentions: every layer."""
+    """last (B, S, hidden), or (B, 1, hidden) where only the first tokens are read; pooled (B, hidden) or None;
+
+    hidden: embeddings and every layer; attentions: every layer.
+    """
 
     last: torch.Tensor
     pooled: torch.Tensor | None
@@ -82,6 +87,45 @@ def _differentiable_context(qkv: torch.Tensor, probs: torch.Tensor, packing: Pac
     return context if packing.identity else context.index_select(0, packing.token)
 
 
+def _after_attention(
+    layer: nn.Module,
+    context: torch.Tensor,
+    rows: torch.Tensor,
+    token: torch.Tensor | None,
+    n_rows: torch.Tensor | None,
+    want_rows: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output projection and feed-forward of one layer: (rows, padded), the latter where there is a token map."""
+    out, inter, ffn = layer.attention.output, layer.intermediate, layer.output
+    norm = out.LayerNorm
+    attended, _ = linear_layer_norm(
+        context, out.dense.weight, out.dense.bias, rows, norm.weight, norm.bias, norm.eps, None, n_rows, True, False
+    )
+    act = activation_name(inter.intermediate_act_fn)
+    wide = linear_gelu(attended, inter.dense.weight, inter.dense.bias, n_rows, act)
+    norm = ffn.LayerNorm
+    return linear_layer_norm(
+        wide, ffn.dense.weight, ffn.dense.bias, attended, norm.weight, norm.bias, norm.eps, token, n_rows, want_rows,
+        token is not None,
+    )  # fmt: skip
+
+
+def _first_tokens(layer: nn.Module, rows: torch.Tensor, p: Packing, uniform_empty: bool) -> torch.Tensor:
+    """(B, hidden): the output of a last layer whose only readers are those of the first tokens."""
+    from bert_fast.kernels.first_token_attention import first_token_attention
+
+    own = layer.attention.self
+    first = first_rows(rows, p.token, p.cu_seqlens, p.kv_len)
+    query = linear(first, own.query.weight, own.query.bias, None)
+    kv = qkv_linear(
+        rows, None, own.key.weight, own.value.weight, None, own.key.bias, own.value.bias, p.n_rows
+    )  # fmt: skip
+    context = first_token_attention(
+        query, kv, p.cu_seqlens, p.kv_len, own.num_attention_heads, own.scaling, uniform_empty
+    )
+    return _after_attention(layer, context, first, None, None, True)[0]
+
+
 def encode(
     model: nn.Module,
     packing: Packing,
@@ -91,8 +135,12 @@ def encode(
     inputs_embeds: torch.Tensor | None,
     want_hidden: bool,
     want_attentions: bool,
+    first_tokens_only: bool = False,
 ) -> Encoded:
-    """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs."""
+    """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs.
+
+    first_tokens_only: the caller reads the pooler alone; not with hidden states, attentions or a 4-D mask.
+    """
     p, layers = packing, model.encoder.layer
     uniform_empty = model.config._attn_implementation == "eager"
     # a returned hidden state must lie on the gradient's path only when there is a gradient
@@ -111,7 +159,9 @@ def encode(
         rows, padded = keep(rows, padded)
         hidden.append(padded)
     for i, layer in enumerate(layers):
-        own, out, inter, ffn = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        own, is_last = layer.attention.self, i + 1 == len(layers)
+        if is_last and first_tokens_only:
+            break
         qkv = qkv_linear(
             rows, own.query.weight, own.key.weight, own.value.weight, own.query.bias, own.key.bias, own.value.bias,
             p.n_rows,
@@ -124,24 +174,15 @@ def encode(
             attentions.append(probs)
             if through_returned and probs.requires_grad:
                 context = _differentiable_context(qkv, probs, p)
-        projected = linear(context, out.dense.weight, out.dense.bias, p.n_rows)
-        norm = out.LayerNorm
-        attended, _ = residual_layer_norm(
-            projected, rows, norm.weight, norm.bias, norm.eps, None, p.n_rows, True, False
-        )
-        act = activation_name(inter.intermediate_act_fn)
-        wide = linear_gelu(attended, inter.dense.weight, inter.dense.bias, p.n_rows, act)
-        projected = linear(wide, ffn.dense.weight, ffn.dense.bias, p.n_rows)
-        norm, is_last = ffn.LayerNorm, i + 1 == len(layers)
-        want_padded = not p.identity and (is_last or want_hidden)
-        rows, padded = residual_layer_norm(
-            projected, attended, norm.weight, norm.bias, norm.eps, p.token if want_padded else None, p.n_rows,
-            p.identity or not is_last, want_padded,
-        )  # fmt: skip
+        token = p.token if not p.identity and (is_last or want_hidden) else None
+        rows, padded = _after_attention(layer, context, rows, token, p.n_rows, p.identity or not is_last)
         if want_hidden and not is_last:
             rows, padded = keep(rows, padded)
             hidden.append(padded)
-    last = _padded(rows if p.identity else padded, p)
+    if first_tokens_only:
+        last = _first_tokens(layers[-1], rows, p, uniform_empty)[:, None]
+    else:
+        last = _padded(rows if p.identity else padded, p)
     if want_hidden:
         hidden.append(last)
     pooler = model.pooler

@@ -44,10 +44,17 @@ class Packing:
 
 
 def make_packing(
-    mask: torch.Tensor | None, B: int, S: int, device: torch.device, skip: bool, uniform_empty: bool
+    mask: torch.Tensor | None,
+    B: int,
+    S: int,
+    device: torch.device,
+    skip: bool,
+    uniform_empty: bool,
+    shape: torch.Tensor | None = None,
 ) -> Packing:
     """Packing of one call. mask: (B, S) of any dtype, 4-D additive float, 4-D bool (keep), or None.
 
+    shape: int32 (2,) on the device, the true batch and length where (B, S) is a graph's bucket; no 4-D mask then.
     uniform_empty: rows without any key get uniform weights (eager) rather than a context of zeros (sdpa).
     """
     bias = None
@@ -56,10 +63,10 @@ def make_packing(
         if bias.dtype == torch.bool:
             fill = torch.finfo(torch.float32).min if uniform_empty else float("-inf")
             bias = torch.where(bias, torch.zeros((), dtype=torch.float32, device=device), fill)
-    identity = mask is None
+    skip = skip and mask is not None
+    identity = mask is None and shape is None
     if mask is None:
         mask = torch.ones((), dtype=torch.uint8, device=device).expand(B, S)
-    skip = skip and not identity
-    token, cu_seqlens, kv_len, prefix = pack(mask.to(device), skip)
-    n_rows = cu_seqlens[B:] if skip else None
+    token, cu_seqlens, kv_len, prefix = pack(mask.to(device), skip, shape)
+    n_rows = cu_seqlens[B:] if skip or shape is not None else None
     return Packing(B, S, identity, token, cu_seqlens, kv_len, prefix, n_rows, bias)

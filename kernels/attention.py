@@ -8,7 +8,7 @@ Without probabilities: one pass over the keys with a running maximum (Milakov & 
 2023). With them: two passes, first the row's log-sum-exp, then P and P V; reading K twice from L2 is cheaper than
 normalising B * heads * S * S stored numbers afterwards. FLOP: 4 * heads * head_dim * sum(q_len * kv_len).
 
-A sequence without a key (kv_len = 0): uniform weights over all its S rows (uniform_empty, transformers' eager) or a
+A sequence without a key (kv_len = 0): uniform weights over all its rows (uniform_empty, transformers' eager) or a
 context of zeros (its sdpa). Never NaN.
 """
 
@@ -51,7 +51,7 @@ def attention_ref(
     if uniform_empty:
         empty = (kv_len == 0)[:, None]
         scores = torch.where(empty[:, None, None], scores - scores.detach(), scores)  # 0 that keeps the gradient
-        is_key = is_key | empty
+        is_key = is_key | (empty & is_row)
     scores = scores.masked_fill(~is_key[:, None, None], float("-inf"))
     lse = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
     dead = torch.isneginf(lse)[..., None]
@@ -321,6 +321,8 @@ def attention_cpu(
         out = qkv.new_empty(T, heads * D)
         for b, n in enumerate(keys):
             rows = slice(starts[b], starts[b + 1])
+            if rows.start == rows.stop:  # no such sequence
+                continue
             if n == 0 and not uniform_empty:
                 out[rows], lse[:, rows] = 0.0, float("-inf")
                 continue

@@ -21,7 +21,7 @@ from bert_fast.kernels.residual_layer_norm import (
     num_warps,
     to_padded,
 )
-from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
+from bert_fast.kernels.runtime import device_guard, follow_previous, launch_options, next_power_of_2, tl, triton
 
 
 def embed_layer_norm_ref(
@@ -68,8 +68,9 @@ def _embed_layer_norm_kernel(
     word_ptr, type_ptr, position_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr,
     S, N, n_words, n_types, n_positions, eps,
     HAS_IDS: tl.constexpr, HAS_N_ROWS: tl.constexpr, WANT_ROWS: tl.constexpr, WANT_PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    follow_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     live = True
@@ -152,7 +153,7 @@ def embed_layer_norm_triton(
             word, token_type, position, weight.contiguous(), bias.contiguous(), rows, padded, token, n_rows,
             S, N, word.shape[0], token_type.shape[0], position.shape[0], eps,
             HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows,
-            WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,
+            WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N), **launch_options(),
         )  # fmt: skip
     return rows, padded
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bert_fast.kernels.activation import TORCH, activate, check_activation
 from bert_fast.kernels.registry import register
 from bert_fast.kernels.residual_layer_norm import _layer_norm, check_layer_norm, num_warps
-from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
+from bert_fast.kernels.runtime import device_guard, follow_previous, launch_options, next_power_of_2, tl, triton
 
 
 def gelu_layer_norm_ref(
@@ -24,8 +24,10 @@ def gelu_layer_norm_ref(
 
 @triton.jit
 def _gelu_layer_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, stride_x, N, eps, ACT: tl.constexpr, BLOCK_N: tl.constexpr
+    x_ptr, weight_ptr, bias_ptr, y_ptr, stride_x, N, eps,
+    ACT: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    follow_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     x = tl.load(x_ptr + row * stride_x + cols, mask=cols < N, other=0.0).to(tl.float32)
@@ -57,7 +59,7 @@ def gelu_layer_norm_triton(
         with device_guard(x):
             _gelu_layer_norm_kernel[(T,)](
                 x, weight.contiguous(), bias.contiguous(), y, x.stride(0), N, eps, ACT=act, BLOCK_N=BLOCK_N,
-                num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,
+                num_warps=num_warps(BLOCK_N), **launch_options(),
             )  # fmt: skip
     return y
 

@@ -1,8 +1,10 @@
-"""x (T, K) @ weight (N, K)^T + bias, then an activation: the matrix kernel under qkv_linear, linear and linear_gelu.
+"""x (T, K) @ weight (N, K)^T + bias, then an activation: the matrix kernels under the four linear ops.
 
-Persistent: as many programs as SMs walk the output tiles, so the number of tiles may come from the device. `PARTS`
-weights of one shape (query, key, value) are read where they lie and written side by side into one output of
-PARTS * N columns; each part has its own share of the grid, so no tile loop branches on the part.
+`PARTS` weights of one shape (query, key, value) are read where they lie and written side by side into one output of
+PARTS * N columns; each part has its own share of the grid. Two kernels: by tensor descriptors, persistent, for many
+rows; by pointers, a tile a program, for few rows (or chips without descriptors), where the inner dimension may be split
+over SPLIT_K programs, whose sums stay apart in fp32 for the LayerNorm that follows (kernels/linear_layer_norm.py): no
+atomics, the same bits every time. Both read the number of rows in use from the device.
 
 Bytes: T*K + N*K read, T*N written; FLOP: 2*T*N*K. The weights of one BERT layer stay in L2 (14 MB in bf16), tiles are
 walked in groups of GROUP_M rows so that those of x do too.
@@ -13,13 +15,15 @@ from __future__ import annotations
 import torch
 
 from bert_fast.kernels.activation import activate
-from bert_fast.kernels.configs import TileConfig, choose, row_class
+from bert_fast.kernels.configs import TileConfig, choose, gemm_class
 from bert_fast.kernels.runtime import (
     TensorDescriptor,
     capability,
     ceil_div,
     device_guard,
     dot_precision,
+    follow_previous,
+    launch_options,
     num_sms,
     supports_tma,
     tl,
@@ -35,36 +39,6 @@ def _tile(tile_id, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     first = tile_id // group_size * GROUP_M
     rows = min(tiles_m - first, GROUP_M)
     return first + (tile_id % group_size) % rows, (tile_id % group_size) // rows
-
-
-@triton.jit
-def _walk_pointers(
-    x_ptr, w_ptr, bias_ptr, y_ptr, part, M, N, K, stride_x, stride_w, stride_y,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile_id in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        pid_m, pid_n = _tile(tile_id, tiles_m, tiles_n, GROUP_M)
-        rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inner = tl.arange(0, BLOCK_K)
-        # loads wrap around instead of masking rows and columns: what they bring in twice is never stored
-        x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x + inner[None, :]
-        w_ptrs = w_ptr + (cols % N).to(tl.int64)[None, :] * stride_w + inner[:, None]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            x = tl.load(x_ptrs, mask=inner[None, :] < K - k, other=0.0)
-            w = tl.load(w_ptrs, mask=inner[:, None] < K - k, other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        out = activate(acc, ACT, y_ptr.dtype.element_ty == tl.float32)
-        y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + (part * N + cols)[None, :]
-        tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
 @triton.jit
@@ -96,31 +70,63 @@ def _walk_descriptors(
 # The row capacity and the address of n_rows change from call to call and buy no better code: no variants for them.
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["n_rows_ptr"])
 def _gemm_pointer_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr,
+    y_ptr,  # (M, PARTS * N); with SPLIT_K > 1 the parts of the sums, fp32 (SPLIT_K, M, N), without bias and activation
     n_rows_ptr,  # int32 (1,): rows in use, read on the device; absent: all M
     M, N, K, stride_x, stride_w, stride_y,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """One program: one tile of one part, or 1 / SPLIT_K of the inner dimension of one tile."""
+    follow_previous(PDL)
+    capacity = M
     if HAS_N_ROWS:
         M = tl.load(n_rows_ptr)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    if tl.program_id(0) >= tiles_m * tiles_n:  # the grid covers the capacity
+        return
     part = tl.program_id(1)
     w_ptr = w0_ptr
     bias_ptr = b0_ptr
     if PARTS > 1:
         if part == 1:
             w_ptr = w1_ptr
+            if HAS_BIAS:
+                bias_ptr = b1_ptr
+    if PARTS > 2:
         if part == 2:
             w_ptr = w2_ptr
-        if HAS_BIAS:
-            if part == 1:
-                bias_ptr = b1_ptr
-            if part == 2:
+            if HAS_BIAS:
                 bias_ptr = b2_ptr
-    _walk_pointers(
-        x_ptr, w_ptr, bias_ptr, y_ptr, part, M, N, K, stride_x, stride_w, stride_y,
-        HAS_BIAS, ACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-    )  # fmt: skip
+    pid_m, pid_n = _tile(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, end = 0, K
+    if SPLIT_K > 1:
+        share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+        first = tl.program_id(2) * share
+        end = min(first + share, K)
+    inner = first + tl.arange(0, BLOCK_K)
+    # loads wrap around instead of masking rows and columns: what they bring in twice is never stored
+    x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x + inner[None, :]
+    w_ptrs = w_ptr + (cols % N).to(tl.int64)[None, :] * stride_w + inner[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, end, BLOCK_K):
+        x = tl.load(x_ptrs, mask=(inner - first)[None, :] < end - k, other=0.0)
+        w = tl.load(w_ptrs, mask=(inner - first)[:, None] < end - k, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    if SPLIT_K > 1:
+        y_ptr += tl.program_id(2).to(tl.int64) * capacity * N
+    elif HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    out = activate(acc, ACT, y_ptr.dtype.element_ty == tl.float32)
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + (part * N + cols)[None, :]
+    tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["n_rows_ptr"])
@@ -129,8 +135,11 @@ def _gemm_tma_kernel(
     y0_desc, y1_desc, y2_desc,  # each part's columns of the output: stores are clipped at N
     n_rows_ptr, M, N, K,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """As many programs a part as there are SMs to share: each walks over tiles."""
+    follow_previous(PDL)
     if HAS_N_ROWS:
         M = tl.load(n_rows_ptr)
     part = tl.program_id(1)
@@ -140,6 +149,7 @@ def _gemm_tma_kernel(
     if PARTS > 1:
         if part == 1:
             _walk_descriptors(x_desc, w1_desc, b1_ptr, y1_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+    if PARTS > 2:
         if part == 2:
             _walk_descriptors(x_desc, w2_desc, b2_ptr, y2_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
 
@@ -170,6 +180,20 @@ def _tma_fits(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
     )
 
 
+def _config(x: torch.Tensor, N: int, parts: int, tma_fits: bool, multiples_of_16: bool) -> TileConfig:
+    """The table's tile for this product; a generic one where descriptors or wide loads do not fit."""
+    rows, K = x.shape
+    if x.dtype == torch.float32:
+        return choose("gemm", "any", x.dtype, capability(x.device))
+    shape = gemm_class(rows, parts * N, K)
+    config = choose("gemm", shape, x.dtype, capability(x.device))
+    if config.tma and not tma_fits:
+        config = choose("gemm", shape, x.dtype, (0, 0))
+    if not config.tma and not multiples_of_16:  # loads of single elements: a large tile would spill
+        config = choose("gemm", gemm_class(1, parts * N, K), x.dtype, (0, 0))
+    return config
+
+
 def gemm_triton(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -177,28 +201,31 @@ def gemm_triton(
     n_rows: torch.Tensor | None,
     act: str,
     config: TileConfig | None = None,
+    may_split: bool = False,
 ) -> torch.Tensor:
-    """Launch on x (T, K): one (N, K) weight, or three, to (T, len(weights) * N). Rows past n_rows are undefined."""
+    """Launch on x (T, K): one to three (N, K) weights, to (T, len(weights) * N). Rows past n_rows are undefined.
+
+    may_split: where the tile splits the inner dimension, return the parts of the sums instead, fp32 (SPLIT_K, T, N),
+    to which the bias is yet to be added. Elsewhere the tile's SPLIT_K is 1.
+    """
     M, K = x.shape
     N, parts = weights[0].shape[0], len(weights)
-    y = x.new_empty(M, parts * N)
-    if M == 0:
-        return y
     if any(w.stride() != weights[0].stride() or w.stride(1) != 1 for w in weights):  # one stride for all
         weights = [w.contiguous() for w in weights]
     biases = [b if b is None else b.contiguous() for b in biases]
     tma_fits = _tma_fits(x, weights)
     if config is None:
-        config = choose("gemm", row_class(M), x.dtype, capability(x.device))
-        if not (config.tma and tma_fits) and any(n % 16 for n in (K, x.stride(0), weights[0].stride(0))):
-            config = choose("gemm", row_class(1), x.dtype, (0, 0))  # loads of single elements: a large tile would spill
-    use_tma = config.tma and tma_fits
-    if config.tma and not use_tma:
-        config = choose("gemm", row_class(M), x.dtype, (0, 0))  # a generic tile, made for pointer loads
+        wide_loads = all(n % 16 == 0 for n in (K, x.stride(0), weights[0].stride(0)))
+        config = _config(x, N, parts, tma_fits, wide_loads)
+    if config.tma and not tma_fits:
+        raise ValueError(f"{config}: x {tuple(x.shape)}, weight {tuple(weights[0].shape)} do not fit descriptors")
+    split = config.SPLIT_K if may_split else 1
+    y = x.new_empty(M, parts * N) if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
+    if M == 0:
+        return y
     absent = [None] * (3 - parts)
     b0, b1, b2 = biases + absent
     tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N)
-    grid = (max(1, min(tiles, num_sms(x.device) // parts)), parts)
     shared = {
         "PARTS": parts,
         "HAS_BIAS": b0 is not None,
@@ -210,11 +237,12 @@ def gemm_triton(
         "GROUP_M": GROUP_M,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
         **config.register_limit(),
+        **launch_options(),
     }
     with device_guard(x):
-        if use_tma:
+        if config.tma:
+            grid = (max(1, min(tiles, num_sms(x.device) // parts)), parts)
             x_desc = TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K])
             w_descs = [TensorDescriptor.from_tensor(w, [config.BLOCK_N, config.BLOCK_K]) for w in weights]
             y_descs = [TensorDescriptor.from_tensor(c, [config.BLOCK_M, config.BLOCK_N // 2]) for c in y.split(N, 1)]
@@ -223,8 +251,9 @@ def gemm_triton(
                 x_desc, *w_descs, *absent, b0, b1, b2, *y_descs, *absent, n_rows, M, N, K, DTYPE=dtype, **shared
             )
         else:
-            _gemm_pointer_kernel[grid](
-                x, *weights, *absent, b0, b1, b2, y, n_rows, M, N, K, x.stride(0), weights[0].stride(0), y.stride(0),
-                PRECISION=dot_precision(x.dtype), **shared,
+            _gemm_pointer_kernel[tiles, parts, split](
+                x, *weights, *absent, b0, b1, b2, y, n_rows, M, N, K,
+                x.stride(0), weights[0].stride(0), y.stride(-2),
+                PRECISION=dot_precision(x.dtype), SPLIT_K=split, **shared,
             )  # fmt: skip
     return y

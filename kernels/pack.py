@@ -8,6 +8,9 @@ scatter and to zero what was dropped.
 skip=False: every token is a row (q_len = S); its real ones are the keys.
 skip=True: rows are the real tokens, plus position 0 of every sequence (the pooler reads it; when it is padding it is
 the last row and no key); a sequence without a real token keeps all S rows.
+
+shape: the mask is a buffer larger than the batch in it (graphs.py), whose true (B, S) only the device knows. What lies
+outside is neither row nor key and comes last in `token`; a sequence outside has no rows, one inside has S of the true S.
 """
 
 from __future__ import annotations
@@ -20,17 +23,20 @@ from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def pack_ref(mask: torch.Tensor, skip: bool) -> Packed:
-    """mask (B, S), any dtype, non-zero = real.
+def pack_ref(mask: torch.Tensor, skip: bool, shape: torch.Tensor | None = None) -> Packed:
+    """mask (B, S), any dtype, non-zero = real; shape: int32 (2,), the true (B, S), or None: all of the mask.
 
     Returns int32: token (B*S,), cu_seqlens (B+1,), kv_len (B,) keys of each sequence, prefix (B,) 1 where row j of
     the sequence is position j (right padding or none).
     """
     B, S = mask.shape
-    real = mask != 0
-    kv_len = real.sum(1)
     position = torch.arange(S, device=mask.device)
-    is_row = real | (position == 0) | (kv_len == 0)[:, None] if skip else torch.ones_like(real)
+    inside = torch.ones_like(mask, dtype=torch.bool)
+    if shape is not None:
+        inside = (torch.arange(B, device=mask.device) < shape[0])[:, None] & (position < shape[1])
+    real = (mask != 0) & inside
+    kv_len = real.sum(1)
+    is_row = real | inside & ((position == 0) | (kv_len == 0)[:, None]) if skip else inside
     # rank 0: real, 1: padding that is a row, 2: dropped; stable within a rank
     rank = torch.where(real, 0, torch.where(is_row, 1, 2))
     order = torch.sort(rank, dim=1, stable=True).indices
@@ -61,9 +67,20 @@ def positions(token: torch.Tensor, cu_seqlens: torch.Tensor, S: int) -> torch.Te
     return token[place].long() - (b * S)[:, None]
 
 
+@triton.jit
+def _true_length(shape_ptr, b, S, HAS_SHAPE: tl.constexpr):
+    """Positions of sequence b that are inside the batch; the others are never loaded."""
+    if HAS_SHAPE:
+        S = tl.where(b < tl.load(shape_ptr), tl.minimum(tl.load(shape_ptr + 1), S), 0)
+    return S
+
+
 @triton.jit(do_not_specialize=["S", "stride_b"])
-def _row_count_kernel(mask_ptr, stride_b, stride_s, q_len_ptr, S, BLOCK_S: tl.constexpr):
+def _row_count_kernel(
+    mask_ptr, stride_b, stride_s, shape_ptr, q_len_ptr, S, HAS_SHAPE: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
     b = tl.program_id(0)
+    S = _true_length(shape_ptr, b, S, HAS_SHAPE)
     row_ptr = mask_ptr + b.to(tl.int64) * stride_b
     count = 0
     for s in range(0, S, BLOCK_S):
@@ -77,14 +94,20 @@ def _row_count_kernel(mask_ptr, stride_b, stride_s, q_len_ptr, S, BLOCK_S: tl.co
 @triton.jit(do_not_specialize=["B", "S", "stride_b"])
 def _pack_kernel(
     mask_ptr, stride_b, stride_s,
-    q_len_ptr,  # int32 (B,): rows of each sequence; absent: S each
+    shape_ptr,  # int32 (2,): the true B and S; absent: the mask's
+    q_len_ptr,  # int32 (B,): rows of each sequence; absent: the true S each
     token_ptr, cu_seqlens_ptr, kv_len_ptr, prefix_ptr, B, S,
-    SKIP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+    SKIP: tl.constexpr, HAS_SHAPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
+    q_len = _true_length(shape_ptr, b, S, HAS_SHAPE)
+    length = q_len
     start = b * S
     total = B * S
-    q_len = S
+    if HAS_SHAPE:
+        true_S = tl.minimum(tl.load(shape_ptr + 1), S)
+        start = tl.minimum(b, tl.load(shape_ptr)) * true_S
+        total = tl.minimum(B, tl.load(shape_ptr)) * true_S
     if SKIP:  # every program sums the B counts itself: cheaper than a scan kernel between
         start = 0
         total = 0
@@ -98,7 +121,7 @@ def _pack_kernel(
     kv_len = 0
     for s in range(0, S, BLOCK_S):
         cols = s + tl.arange(0, BLOCK_S)
-        real = tl.load(row_ptr + cols.to(tl.int64) * stride_s, mask=cols < S, other=0) != 0
+        real = tl.load(row_ptr + cols.to(tl.int64) * stride_s, mask=cols < length, other=0) != 0
         kv_len += tl.sum(real.to(tl.int32), 0)
     dropped_start = total + b * S - start
     seen = 0  # real tokens before this block
@@ -106,9 +129,9 @@ def _pack_kernel(
     for s in range(0, S, BLOCK_S):
         position = s + tl.arange(0, BLOCK_S)
         inside = position < S
-        real = tl.load(row_ptr + position.to(tl.int64) * stride_s, mask=inside, other=0) != 0
+        real = tl.load(row_ptr + position.to(tl.int64) * stride_s, mask=position < length, other=0) != 0
         before = seen + tl.cumsum(real.to(tl.int32), 0) - real.to(tl.int32)
-        # padding follows the real tokens in order, so that a padding position 0 is row kv_len
+        # what is not real follows in order: a padding position 0 is row kv_len, what is outside comes last
         place = tl.where(real, before, kv_len + position - before)
         row = tl.where(place < q_len, start + place, dropped_start + place - q_len)
         tl.store(token_ptr + row, b * S + position, mask=inside)
@@ -121,43 +144,48 @@ def _pack_kernel(
         tl.store(cu_seqlens_ptr, 0)
 
 
-def check_mask(mask: torch.Tensor) -> None:
+def check_mask(mask: torch.Tensor, shape: torch.Tensor | None) -> None:
     if mask.dim() != 2 or 0 in mask.shape:
         raise ValueError(f"pack: mask has shape {tuple(mask.shape)}, expected (B, S) with B and S at least 1")
     if mask.numel() >= 2**31:
         raise ValueError(f"pack: mask has {mask.numel()} tokens, expected fewer than 2**31")
+    if shape is not None and (tuple(shape.shape) != (2,) or shape.dtype != torch.int32 or shape.device != mask.device):
+        raise ValueError(
+            f"pack: shape is {tuple(shape.shape)} {shape.dtype} on {shape.device}, expected (2,) torch.int32 on "
+            f"{mask.device}, where the mask is"
+        )
 
 
-def pack_triton(mask: torch.Tensor, skip: bool) -> Packed:
-    check_mask(mask)
+def pack_triton(mask: torch.Tensor, skip: bool, shape: torch.Tensor | None = None) -> Packed:
+    check_mask(mask, shape)
     B, S = mask.shape
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     token, cu_seqlens, kv_len, prefix = (mask.new_empty(n, dtype=torch.int32) for n in (B * S, B + 1, B, B))
     q_len = mask.new_empty(B, dtype=torch.int32) if skip else None
-    BLOCK_S = min(max(next_power_of_2(S), 128), 1024)
+    flags = dict(HAS_SHAPE=shape is not None, BLOCK_S=min(max(next_power_of_2(S), 128), 1024))
     with device_guard(mask):
         if q_len is not None:
-            _row_count_kernel[(B,)](mask, *mask.stride(), q_len, S, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True)
+            _row_count_kernel[(B,)](mask, *mask.stride(), shape, q_len, S, **flags, num_warps=4, enable_fp_fusion=True)
         _pack_kernel[(B,)](
-            mask, *mask.stride(), q_len, token, cu_seqlens, kv_len, prefix, B, S,
-            SKIP=skip, BLOCK_B=1024, BLOCK_S=BLOCK_S, num_warps=4, enable_fp_fusion=True,
+            mask, *mask.stride(), shape, q_len, token, cu_seqlens, kv_len, prefix, B, S,
+            SKIP=skip, BLOCK_B=1024, **flags, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return token, cu_seqlens, kv_len, prefix
 
 
-def pack_cpu(mask: torch.Tensor, skip: bool) -> Packed:
-    check_mask(mask)
-    return pack_ref(mask, skip)
+def pack_cpu(mask: torch.Tensor, skip: bool, shape: torch.Tensor | None = None) -> Packed:
+    check_mask(mask, shape)
+    return pack_ref(mask, skip, shape)
 
 
-def _pack_fake(mask: torch.Tensor, skip: bool) -> Packed:
+def _pack_fake(mask: torch.Tensor, skip: bool, shape: torch.Tensor | None = None) -> Packed:
     B, S = mask.shape
     token, cu_seqlens, kv_len, prefix = (mask.new_empty(n, dtype=torch.int32) for n in (B * S, B + 1, B, B))
     return token, cu_seqlens, kv_len, prefix
 
 
 pack = register(
-    "pack(Tensor mask, bool skip) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pack(Tensor mask, bool skip, Tensor? shape=None) -> (Tensor, Tensor, Tensor, Tensor)",
     ref=pack_ref,
     cpu=pack_cpu,
     cuda=pack_triton,

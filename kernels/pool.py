@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from bert_fast.kernels.activation import tanh
 from bert_fast.kernels.configs import choose
 from bert_fast.kernels.registry import register
-from bert_fast.kernels.runtime import capability, ceil_div, device_guard, dot_precision, tl, triton
+from bert_fast.kernels.runtime import (
+    capability,
+    ceil_div,
+    device_guard,
+    dot_precision,
+    follow_previous,
+    launch_options,
+    tl,
+    triton,
+)
 
 
 def pool_ref(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -22,8 +31,10 @@ def pool_ref(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 @triton.jit
 def _pool_kernel(
     hidden_ptr, weight_ptr, bias_ptr, y_ptr, B, N, K, stride_b, stride_w,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    follow_previous(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -67,7 +78,7 @@ def pool_triton(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
             hidden, weight, bias.contiguous(), y, B, N, K, hidden.stride(0), weight.stride(0),
             PRECISION=dot_precision(hidden.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(),
         )  # fmt: skip
     return y
 

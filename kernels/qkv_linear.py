@@ -1,6 +1,7 @@
 """qkv_linear: the three projections of self-attention in one launch, each parameter read where it lies.
 
-y (T, 3 * N) = [x @ Wq^T + bq | x @ Wk^T + bk | x @ Wv^T + bv]. The product runs in kernels/gemm.py.
+y (T, 3 * N) = [x @ Wq^T + bq | x @ Wk^T + bk | x @ Wv^T + bv]; without Wq the last two, (T, 2 * N), for a layer of
+which only the first tokens are queries. The product runs in kernels/gemm.py.
 Source of the operation: transformers BertSelfAttention.forward.
 """
 
@@ -15,36 +16,45 @@ from bert_fast.kernels.registry import register
 Bias = torch.Tensor | None
 
 
+def _parts(
+    wq: torch.Tensor | None, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias
+) -> tuple[list[torch.Tensor], list[Bias]]:
+    return ([wk, wv], [bk, bv]) if wq is None else ([wq, wk, wv], [bq, bk, bv])
+
+
 def qkv_linear_ref(
-    x: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
+    x: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
     n_rows: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """x (T, K); each weight (N, K), each bias (N,) or all None; n_rows int32 (1,) or None (all T)."""
-    return torch.cat([linear_ref(x, w, b, n_rows) for w, b in ((wq, bq), (wk, bk), (wv, bv))], dim=1)
+    """x (T, K); each weight (N, K), wq or None; each bias (N,) or all None; n_rows int32 (1,) or None (all T)."""
+    weights, biases = _parts(wq, wk, wv, bq, bk, bv)
+    return torch.cat([linear_ref(x, w, b, n_rows) for w, b in zip(weights, biases, strict=True)], dim=1)
 
 
 def qkv_linear_cpu(
-    x: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
+    x: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
     n_rows: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    check_linear("qkv_linear", x, [wq, wk, wv], [bq, bk, bv])
-    rows, N = used_rows(x, n_rows), wq.shape[0]
-    y = x.new_empty(x.shape[0], 3 * N)
-    for part, (w, b) in enumerate(((wq, bq), (wk, bk), (wv, bv))):
+    weights, biases = _parts(wq, wk, wv, bq, bk, bv)
+    check_linear("qkv_linear", x, weights, biases)
+    rows, N = used_rows(x, n_rows), wk.shape[0]
+    y = x.new_empty(x.shape[0], len(weights) * N)
+    for part, (w, b) in enumerate(zip(weights, biases, strict=True)):
         linear_into(y[:rows, part * N : (part + 1) * N], x[:rows], w, b)
     return y
 
 
 def qkv_linear_triton(
-    x: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
+    x: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
     n_rows: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    check_linear("qkv_linear", x, [wq, wk, wv], [bq, bk, bv])
-    return gemm_triton(x, [wq, wk, wv], [bq, bk, bv], n_rows, "none")
+    weights, biases = _parts(wq, wk, wv, bq, bk, bv)
+    check_linear("qkv_linear", x, weights, biases)
+    return gemm_triton(x, weights, biases, n_rows, "none")
 
 
 def _qkv_linear_cuda(
-    x: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
+    x: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
     n_rows: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     if x.dtype == torch.float32:  # as in linear: torch's own GEMM, all T rows
@@ -53,14 +63,14 @@ def _qkv_linear_cuda(
 
 
 def _qkv_linear_fake(
-    x: torch.Tensor, wq: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
+    x: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor, wv: torch.Tensor, bq: Bias, bk: Bias, bv: Bias,
     n_rows: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], 3 * wq.shape[0])
+    return x.new_empty(x.shape[0], (2 if wq is None else 3) * wk.shape[0])
 
 
 qkv_linear = register(
-    "qkv_linear(Tensor x, Tensor wq, Tensor wk, Tensor wv, Tensor? bq, Tensor? bk, Tensor? bv, Tensor? n_rows)"
+    "qkv_linear(Tensor x, Tensor? wq, Tensor wk, Tensor wv, Tensor? bq, Tensor? bk, Tensor? bv, Tensor? n_rows)"
     " -> Tensor",
     ref=qkv_linear_ref,
     cpu=qkv_linear_cpu,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from bert_fast.kernels.linear import used_rows
 from bert_fast.kernels.registry import register
-from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
+from bert_fast.kernels.runtime import device_guard, follow_previous, launch_options, next_power_of_2, tl, triton
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -72,10 +72,14 @@ def _store_dropped(padded_ptr, token_ptr, row, cols, N, WANT_PADDED: tl.constexp
 
 @triton.jit(do_not_specialize_on_alignment=["n_rows_ptr"])
 def _residual_layer_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr, stride_x, stride_residual,
+    x_ptr,  # (T, N); with SPLIT_K > 1 fp32 (SPLIT_K, T, N), parts of a product's sums (kernels/gemm.py)
+    x_bias_ptr,  # (N,) the product's bias, where it has yet to be added
+    residual_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr, stride_x, stride_residual,
     N, eps,
-    HAS_N_ROWS: tl.constexpr, WANT_ROWS: tl.constexpr, WANT_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr, HAS_X_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, WANT_ROWS: tl.constexpr,
+    WANT_PADDED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    follow_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     live = True
@@ -83,6 +87,11 @@ def _residual_layer_norm_kernel(
         live = row < tl.load(n_rows_ptr)
     if live:
         x = tl.load(x_ptr + row * stride_x + cols, mask=cols < N, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, SPLIT_K):
+            at = (part * tl.num_programs(0) + row) * stride_x
+            x += tl.load(x_ptr + at + cols, mask=cols < N, other=0.0)
+        if HAS_X_BIAS:
+            x += tl.load(x_bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
         r = tl.load(residual_ptr + row * stride_residual + cols, mask=cols < N, other=0.0).to(tl.float32)
         y = _layer_norm(x + r, weight_ptr, bias_ptr, cols, N, eps)
         _store(y, rows_ptr, padded_ptr, token_ptr, row, cols, N, WANT_ROWS, WANT_PADDED)
@@ -103,12 +112,13 @@ def check_layer_norm(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch
             raise ValueError(f"{op}: {name} is {tuple(p.shape)} on {p.device}, expected ({x.shape[1]},) on {x.device}")
 
 
-def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    check_layer_norm("residual_layer_norm", x, weight, bias)
+def check(op: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Shapes and dtypes of x, the residual of the same shape and the LayerNorm's parameters."""
+    check_layer_norm(op, x, weight, bias)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1:
         raise ValueError(
-            f"residual_layer_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected {tuple(x.shape)} "
-            f"{x.dtype} with unit rows"
+            f"{op}: residual is {tuple(residual.shape)} {residual.dtype}, expected {tuple(x.shape)} {x.dtype} with "
+            "unit rows"
         )
 
 
@@ -116,7 +126,7 @@ def residual_layer_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
     token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
 ) -> Pair:  # fmt: skip
-    _check(x, residual, weight, bias)
+    check("residual_layer_norm", x, residual, weight, bias)
     n = used_rows(x, n_rows)
     y = F.layer_norm(x[:n] + residual[:n], (x.shape[1],), weight, bias, eps)
     padded = to_padded(y, token, n) if want_padded else x.new_empty(0)
@@ -127,25 +137,36 @@ def residual_layer_norm_cpu(
     return (y if want_rows else x.new_empty(0)), padded
 
 
-def residual_layer_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
-    token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+def launch(
+    x: torch.Tensor, x_bias: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+    eps: float, token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
 ) -> Pair:  # fmt: skip
-    _check(x, residual, weight, bias)
+    """LayerNorm(x + x_bias + residual); x (T, N), or fp32 (SPLIT_K, T, N) whose sum over the first axis is meant."""
     if want_padded and token is None:
-        raise ValueError("residual_layer_norm: padded output asked for without a token map")
-    rows, padded = _residual_layer_norm_fake(x, residual, weight, bias, eps, token, n_rows, want_rows, want_padded)
-    T, N = x.shape
+        raise ValueError("padded output asked for without a token map")
+    rows, padded = _residual_layer_norm_fake(
+        residual, residual, weight, bias, eps, token, n_rows, want_rows, want_padded
+    )  # fmt: skip
+    T, N = residual.shape
     BLOCK_N = next_power_of_2(N)
     if T:
         with device_guard(x):
             _residual_layer_norm_kernel[(T,)](
-                x, residual, weight.contiguous(), bias.contiguous(), rows, padded, token, n_rows,
-                x.stride(0), residual.stride(0), N, eps,
+                x, x_bias, residual, weight.contiguous(), bias.contiguous(), rows, padded, token, n_rows,
+                x.stride(-2), residual.stride(0), N, eps,
+                SPLIT_K=x.shape[0] if x.dim() == 3 else 1, HAS_X_BIAS=x_bias is not None,
                 HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows, WANT_PADDED=want_padded, BLOCK_N=BLOCK_N,
-                num_warps=num_warps(BLOCK_N), enable_fp_fusion=True,
+                num_warps=num_warps(BLOCK_N), **launch_options(),
             )  # fmt: skip
     return rows, padded
+
+
+def residual_layer_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
+    check("residual_layer_norm", x, residual, weight, bias)
+    return launch(x, None, residual, weight, bias, eps, token, n_rows, want_rows, want_padded)
 
 
 def _residual_layer_norm_fake(

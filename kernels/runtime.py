@@ -6,7 +6,10 @@ CPU bodies serve and the CUDA bodies are never reached.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,8 +36,9 @@ except ImportError:  # macOS, Windows, or a torch without its Triton
     TensorDescriptor = None  # type: ignore[assignment, misc]
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "TensorDescriptor", "ceil_div", "device_guard", "dot_precision", "next_power_of_2"]
-__all__ += ["num_sms", "supports_tma", "tl", "triton", "unsupported_reason"]
+__all__ = ["HAS_TRITON", "TensorDescriptor", "ceil_div", "dependent_launches", "device_guard", "dot_precision"]
+__all__ += ["follow_previous", "launch_options", "next_power_of_2", "num_sms", "supports_tma", "tl", "triton"]
+__all__ += ["unsupported_reason"]
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 INTERPRETER_SMS = 3  # programs of a persistent grid on CPU tensors: few, and no divisor of typical tile counts
@@ -91,6 +95,48 @@ def unsupported_reason(device: torch.device) -> str | None:
 def device_guard(x: torch.Tensor) -> Any:
     """Context manager under which a kernel for `x` is launched: Triton launches on the *current* device."""
     return torch.cuda.device_of(x)
+
+
+# The two instructions of programmatic dependent launch; Triton's interpreter and AMD's backend have none.
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+
+
+@triton.jit
+def follow_previous(PDL: tl.constexpr):
+    """First line of every kernel. PDL: let the next kernel's programs start, then wait for the previous kernel's end.
+
+    Every program of every kernel must wait, those with nothing to do as well: a kernel's end then means that all
+    kernels before it have ended too.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+class _Launches(threading.local):
+    dependent = False
+
+
+_launches = _Launches()
+
+
+@contextlib.contextmanager
+def dependent_launches(device: torch.device) -> Iterator[None]:
+    """Kernels launched by this thread inside overlap their start with the previous kernel's end (sm_90 and newer)."""
+    before, _launches.dependent = _launches.dependent, capability(device) >= (9, 0)
+    try:
+        yield
+    finally:
+        _launches.dependent = before
+
+
+def launch_options() -> dict[str, bool]:
+    """What every launch passes: multiply-add fusion (Triton 3.10 turns it off), and dependent launch where it is on."""
+    options = {"PDL": _launches.dependent, "enable_fp_fusion": True}
+    return options | {"launch_pdl": True} if _launches.dependent else options
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -80,7 +80,7 @@ def biases(B: int, H: int, S: int, dtype: torch.dtype) -> dict[str, torch.Tensor
 T, K, N, H, B, S = 6, 8, 12, 2, 2, 3  # T = B * S
 ROWS = 4  # of T, where rows are counted on the device
 OPS = ("pack", "linear", "linear_gelu", "qkv_linear", "attention", "residual_layer_norm", "gelu_layer_norm")
-OPS += ("embed_layer_norm", "pool")
+OPS += ("embed_layer_norm", "pool", "linear_layer_norm", "first_rows")
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])  # skip makes 5 rows of it
 ONES = torch.ones(B, S)
 
@@ -100,7 +100,11 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
     tables = leaf(10, K), leaf(2, K), leaf(S, K)
     index = types, positions.expand(B, S)
     return {
-        "pack": {"exact": (MASK, False), "skip": (MASK.bool(), True)},
+        "pack": {
+            "exact": (MASK, False, None),
+            "skip": (MASK.bool(), True, None),
+            "bucket": (MASK, True, torch.tensor([1, 3]).int()),
+        },
         "linear": {"plain": (x, weight, None, None), "all": (x, weight, bias, n)},
         "linear_gelu": {
             "plain": (x, weight, None, None, "silu"),
@@ -110,6 +114,7 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
         "qkv_linear": {
             "plain": (x, *three, None, None, None, None),
             "all": (x, *three, *projections, n),
+            "two": (x, None, *three[1:], None, *projections[1:], n),
             "tied": (x, weight, weight, weight, bias, bias, bias, None),  # one parameter three times
         },
         "attention": {
@@ -135,6 +140,11 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
             ),
         },
         "pool": {"plain": (leaf(B, S, K), weight, bias)},
+        "linear_layer_norm": {
+            "rows": (x, weight, bias, leaf(T, N), leaf(N, seed=2), bias, 1e-5, None, None, True, False),
+            "both": (x, weight, bias, leaf(T, N), leaf(N, seed=2), bias, 1e-5, skip[0], n, True, True),
+        },
+        "first_rows": {"skip": (x, skip[0], *skip[1:3]), "exact": (x, full[0], *full[1:3])},
     }[op]
 
 
@@ -182,8 +192,7 @@ def layer_chain(
     qkv = body("qkv_linear", name)(x, w, w, w, b, b, b, n)
     scale = (w.shape[0] // heads) ** -0.5
     context, probs, _ = body("attention", name)(qkv, None, token, cu_seqlens, kv_len, prefix, heads, scale, True, False)
-    attended = body("linear", name)(context, w, b, n)
-    attended, _ = body("residual_layer_norm", name)(attended, x, *norm, None, n, True, False)
+    attended, _ = body("linear_layer_norm", name)(context, w, b, x, *norm, None, n, True, False)
     wide = body("linear_gelu", name)(attended, up, up_bias, n, "gelu")
     wide = body("linear", name)(wide, down, down_bias, n)
     _, last = body("residual_layer_norm", name)(wide, attended, *norm, token, n, False, True)

@@ -12,13 +12,15 @@ import torch
 from kernel_helpers import DTYPES
 
 from bert_fast.kernels import configs
-from bert_fast.kernels.configs import FOLDER, TileConfig, choose, row_class
+from bert_fast.kernels.configs import FOLDER, TileConfig, choose, gemm_class, row_class
 
 ARCHITECTURES = sorted(path.stem for path in FOLDER.glob("*.json"))
-ROWS = ("rows<=128", "rows<=2048", "rows>2048")
+ROWS = (*(f"rows<={n}" for n in (32, 128, 512, 1024, 2048, 8192)), "rows>8192")
+PRODUCTS = [f"{rows} {form}" for rows in ROWS for form in ("wide", "narrow", "narrow-long")]
 DIMS = ("dim<=64", "dim<=128")
-SHAPE_CLASSES = {"gemm": ROWS, "attention": DIMS, "attention_probs": DIMS, "pool": ("any",)}
+SHAPE_CLASSES = {"attention": DIMS, "attention_probs": DIMS, "pool": ("any",)}
 REQUESTS = [(op, s, dtype) for op, shapes in SHAPE_CLASSES.items() for s, dtype in itertools.product(shapes, DTYPES)]
+REQUESTS += [("gemm", s, dtype) for s, dtype in itertools.product(PRODUCTS, DTYPES[1:])] + [("gemm", "any", DTYPES[0])]
 
 
 def test_tables_are_where_they_are_looked_for() -> None:
@@ -41,6 +43,7 @@ def test_entries(arch: str) -> None:
             assert config.BLOCK_K == 0, f"{key}: attention has no inner tile"
         assert all(n >= 16 and n & (n - 1) == 0 for n in sizes), key
         assert config.num_warps in (2, 4, 8) and 1 <= config.num_stages <= 8, key
+        assert config.SPLIT_K == 1 or key.startswith("gemm/") and "narrow" in key, key
         if config.tma:
             assert arch not in ("generic", "sm80") and key.startswith("gemm") and key.endswith("half"), key
 
@@ -67,9 +70,16 @@ def test_own_entries_go_first(arch: str) -> None:
     assert {k: v for k, v in table.items() if k not in own}.items() <= configs.table("generic").items()
 
 
-@pytest.mark.parametrize("rows,name", [(0, 0), (1, 0), (128, 0), (129, 1), (2048, 1), (2049, 2), (2**31, 2)])
+@pytest.mark.parametrize("rows,name", [(0, 0), (1, 0), (32, 0), (33, 1), (2048, 4), (8192, 5), (8193, 6), (2**31, 6)])
 def test_row_classes(rows: int, name: int) -> None:
     assert row_class(rows) == ROWS[name]
+
+
+def test_forms_of_products() -> None:
+    """BERT-base's five: three projections, output projection, up and down; and MiniLM's down."""
+    assert gemm_class(128, 2304, 768) == gemm_class(128, 3072, 768) == "rows<=128 wide"
+    assert gemm_class(8193, 768, 768) == "rows>8192 narrow"
+    assert gemm_class(1, 768, 3072) == gemm_class(32, 384, 1536) == "rows<=32 narrow-long"
 
 
 def test_wrong_tiles() -> None:
@@ -78,5 +88,8 @@ def test_wrong_tiles() -> None:
             TileConfig(*sizes, num_warps=4, num_stages=2)
     with pytest.raises(ValueError, match="BLOCK_M=32 with tma: wgmma needs 64 rows"):
         TileConfig(32, 64, num_warps=4, num_stages=2, tma=True)
+    for split, tma in ((0, False), (2, True)):
+        with pytest.raises(ValueError, match=f"SPLIT_K={split}, tma={tma}"):
+            TileConfig(64, 64, num_warps=4, num_stages=2, SPLIT_K=split, tma=tma)
     with pytest.raises(FrozenInstanceError):
         TileConfig(64, 64, num_warps=4, num_stages=2).BLOCK_M = 32  # type: ignore[misc]

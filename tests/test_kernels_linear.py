@@ -125,11 +125,56 @@ def test_strides(name: str) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("n", [None, 75])
 def test_groups_of_row_tiles(n: int | None) -> None:
-    """Ten row tiles, more than the eight walked before the next column, by three programs."""
+    """Ten row tiles, more than the eight walked before the next column."""
     x, weight, bias = operands(150, 40, 50, torch.float32)
     y = gemm.gemm_triton(x, [weight], [bias], count(n), "none", TileConfig(16, 16, 4, 2, 16))
     low, truth = references(linear_ref, x[:n], weight, bias, None)
     assert_error_rule(y[:n], low, truth)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "split,T,K,N,n",
+    [
+        (2, 37, 200, 48, 30),  # uneven shares of K, masked ends, rows past the count
+        (4, 5, 64, 33, None),  # a share each
+        (8, 5, 40, 16, 5),  # more programs than steps: the last have nothing to add
+        (3, 4, 96, 16, 0),  # no row at all
+    ],
+)
+def test_split_products(split: int, T: int, K: int, N: int, n: int | None, dtype: torch.dtype) -> None:
+    """The parts stay apart until the LayerNorm adds them; the same tile elsewhere is not split."""
+    tile = TileConfig(16, 16, 4, 2, 16, SPLIT_K=split)
+    x, weight, bias = operands(T, K, N, dtype)
+    residual, norm = randn(T, N, dtype=dtype, seed=1), (1 + randn(N, scale=0.2)).to(dtype)
+    token = torch.randperm(T, generator=torch.Generator().manual_seed(0)).int()
+    if n is not None:
+        x[n:] = residual[n:] = NAN
+    parts = gemm.gemm_triton(x, [weight], [bias], count(n), "none", tile, may_split=True)
+    assert parts.shape == (split, T, N) and parts.dtype == torch.float32
+    whole = gemm.gemm_triton(x, [weight], [bias], count(n), "none", tile)
+    assert whole.shape == (T, N) and whole.dtype == dtype
+    args = (x, weight, bias, residual, norm, bias, 1e-12, token, count(n), True, True)
+    ours = body("linear_layer_norm", "triton")(*args, tile)
+    low, truth = references(body("linear_layer_norm", "ref"), *args)
+    assert_error_rule(ours[0][:n], low[0][:n], truth[0][:n], "rows")
+    assert_error_rule(ours[1], low[1], truth[1], "padded")
+    again = body("linear_layer_norm", "triton")(*args, tile)
+    assert torch.equal(ours[0][:n], again[0][:n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T,K,N", SHAPES[:3])
+@pytest.mark.parametrize("name", BODIES)
+def test_linear_layer_norm(name: str, T: int, K: int, N: int, dtype: torch.dtype) -> None:
+    """With the shipped tiles; of 130 rows some are not rows."""
+    x, weight, bias = operands(T, K, N, dtype)
+    residual, norm = randn(T, N, dtype=dtype, seed=1), (1 + randn(N, scale=0.2)).to(dtype)
+    n = T - T // 3
+    x[n:] = residual[n:] = NAN
+    args = (x, weight, bias, residual, norm, bias, 1e-12, None, count(n), True, False)
+    assert_like_ref("linear_layer_norm", name, *args, rows=n)
 
 
 @pytest.mark.interpreter
@@ -159,10 +204,15 @@ def test_descriptors(
     ],
 )
 def test_what_no_descriptor_fits(why: str, parts: int, T: int, K: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TMA configuration takes pointers where a descriptor may not, and is right."""
+    """Where the table says TMA and a descriptor may not, the generic tile takes pointers, and is right."""
+    descriptors, pointers = TileConfig(64, 32, 4, 3, 32, tma=True), TileConfig(32, 32, 4, 2, 32)
     monkeypatch.setattr(gemm, "_gemm_tma_kernel", None)
+    monkeypatch.setattr(gemm, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm, "choose", lambda *key: descriptors if key[-1] == (9, 0) else pointers)
     x, weight, bias = operands(T, K, N, torch.bfloat16)
-    y = gemm.gemm_triton(x, [weight] * parts, [bias] * parts, None, "none", TileConfig(64, 32, 4, 3, 32, tma=True))
+    with pytest.raises(ValueError, match="do not fit descriptors"):
+        gemm.gemm_triton(x, [weight] * parts, [bias] * parts, None, "none", descriptors)
+    y = gemm.gemm_triton(x, [weight] * parts, [bias] * parts, None, "none")
     low, truth = references(linear_ref, x, weight.repeat(parts, 1), bias.repeat(parts), None)
     assert_error_rule(y, low, truth)
 

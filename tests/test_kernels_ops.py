@@ -33,7 +33,8 @@ def test_gradients(op: str, case: str, create_graph: bool) -> None:
     args = cases(op)[case]
     ours = gradients(body(op, ""), args, create_graph)
     torch.testing.assert_close(ours, gradients(body(op, "ref"), args, create_graph))
-    assert all(g.count_nonzero() for g in ours) and any(g.requires_grad for g in ours) == create_graph
+    twice = create_graph and op != "first_rows"  # which is linear in its only input
+    assert all(g.count_nonzero() for g in ours) and any(g.requires_grad for g in ours) == twice
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -39,8 +39,8 @@ def patterns(B: int, S: int, seed: int) -> torch.Tensor:
     return (torch.rand(B, S, generator=generator) < density).long()
 
 
-def assert_packed(name: str, mask: torch.Tensor, skip: bool) -> None:
-    outputs, expected = body("pack", name)(mask, skip), pack_ref(mask, skip)
+def assert_packed(name: str, mask: torch.Tensor, skip: bool, shape: torch.Tensor | None = None) -> None:
+    outputs, expected = body("pack", name)(mask, skip, shape), pack_ref(mask, skip, shape)
     for what, got, want in zip(("token", "cu_seqlens", "kv_len", "prefix"), outputs, expected, strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, want), f"{what}: {got.tolist()}, expected {want.tolist()}"
 
@@ -61,11 +61,42 @@ def test_patterns(name: str, B: int, S: int, skip: bool) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [None, (8, 10), (1, 13), (9, 3)])
 @pytest.mark.parametrize("skip", [False, True])
-def test_many_blocks(skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks(skip: bool, shape: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 4 stand for more than 1024 sequences of more than 1024 tokens: sums and counts carry over."""
     monkeypatch.setattr(import_module("bert_fast.kernels.pack"), "next_power_of_2", lambda n: 4)
-    assert_packed("triton", patterns(9, 13, 0), skip)
+    assert_packed("triton", patterns(9, 13, 0), skip, true_shape(shape))
+
+
+def true_shape(shape: tuple[int, int] | None) -> torch.Tensor | None:
+    return None if shape is None else torch.tensor(shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("name", [*BODIES, "ref"])
+def test_the_batch_in_a_larger_buffer(name: str, skip: bool) -> None:
+    """The rows are those of the batch alone, whatever lies around it; the rest of the buffer comes last in order."""
+    for (B, S), (wide_B, wide_S) in (((3, 7), (4, 8)), ((4, 7), (4, 7)), ((1, 1), (2, 3)), ((2, 5), (2, 32))):
+        for seed in range(2):
+            mask = patterns(B, S, seed)
+            buffer = torch.full((wide_B, wide_S), 5)  # what an earlier batch left
+            buffer[:B, :S] = mask
+            token, cu_seqlens, kv_len, prefix = body("pack", name)(buffer, skip, true_shape((B, S)))
+            own = pack_ref(mask, skip)
+            n = int(own[1][-1])
+            rows = own[0][:n] // S * wide_S + own[0][:n] % S
+            assert token[:n].tolist() == rows.tolist()
+            assert token[n:].tolist() == sorted(set(range(wide_B * wide_S)) - set(rows.tolist()))
+            assert cu_seqlens.tolist() == own[1].tolist() + [n] * (wide_B - B)
+            assert kv_len.tolist() == own[2].tolist() + [0] * (wide_B - B)
+            at = torch.arange(wide_S)
+            for b in range(B):
+                dropped = [s for s in range(wide_S) if b * wide_S + s not in rows]
+                order = [r % wide_S for r in rows.tolist() if r // wide_S == b] + dropped
+                assert prefix[b] == (order == at.tolist())
+            assert prefix[B:].all()
+            assert_packed(name, buffer, skip, true_shape((B, S)))
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -108,5 +139,8 @@ def test_wrong_masks(name: str) -> None:
     for shape in ((4,), (1, 1, 4), (0, 4), (4, 0)):
         with pytest.raises(ValueError, match=r"pack: mask has shape .* expected \(B, S\)"):
             run(torch.ones(shape), False)
+    for shape in (torch.tensor([2]).int(), torch.tensor([2, 2])):
+        with pytest.raises(ValueError, match=r"pack: shape is .* expected \(2,\) torch.int32 on cpu"):
+            run(torch.ones(3, 4), False, shape)
     with pytest.raises(ValueError, match=r"pack: mask has 2147483648 tokens, expected fewer than 2\*\*31"):
         run(torch.ones(1, 1, dtype=torch.int8).expand(2**16, 2**15), False)
