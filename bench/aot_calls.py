@@ -17,10 +17,15 @@ from bert_fast.kernels.activation import KERNEL_NAME
 from bert_fast.kernels.attention import attention_triton
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm_triton
 from bert_fast.kernels.first_rows import first_rows_triton
+from bert_fast.kernels.first_token_attention import first_token_attention_triton
+from bert_fast.kernels.fold_vectors import fold_vectors_triton
+from bert_fast.kernels.folded_linear import folded_linear_triton
 from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm_triton
 from bert_fast.kernels.linear import linear_triton
 from bert_fast.kernels.linear_gelu import linear_gelu_triton
 from bert_fast.kernels.linear_layer_norm import linear_layer_norm_triton
+from bert_fast.kernels.linear_to_stream import linear_to_stream_triton, partials, stream_reason
+from bert_fast.kernels.normalise import normalise_triton
 from bert_fast.kernels.pack import pack_triton
 from bert_fast.kernels.pool import pool_triton
 from bert_fast.kernels.qkv_linear import qkv_linear_triton
@@ -67,6 +72,51 @@ def product_layer_norm(dtype: str, rows: int, N: int, K: int) -> Call:
     return Call("linear_layer_norm", dtype, f"{configs.row_class(rows)} {N}x{K}", run)
 
 
+def fold(parts: int, N: int, K: int) -> Call:
+    def run() -> None:
+        gamma, absent = empty(K, dtype=torch.bfloat16), [None] * (3 - parts)
+        weights, biases = [gamma.new_empty(N, K)] * parts, [gamma.new_empty(N)] * parts
+        fold_vectors_triton(*weights, *absent, *biases, *absent, gamma, gamma)
+
+    return Call("fold_vectors", "bf16", f"{parts}x{N}x{K}", run)
+
+
+def stream(rows: int, N: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(g, sums) of a folded LayerNorm over N columns."""
+    return empty(rows, N, dtype=torch.bfloat16), empty(2, partials(N), rows, dtype=torch.float32)
+
+
+def folded(parts: int, N: int, K: int, act: str = "none") -> Call:
+    def run() -> None:
+        g, sums = stream(16384, K)
+        if stream_reason(g.dtype, g.device):  # a target without this tile: the launcher refuses
+            return
+        u, absent = empty(parts * N, dtype=torch.float32), [None] * (3 - parts)
+        folded_linear_triton(g, sums, *[g.new_empty(N, K)] * parts, *absent, u, u, 1e-12, act, empty(1))
+
+    return Call("folded_linear", "bf16", f"{parts}x{N}x{K} {act}", run)
+
+
+def to_stream(N: int, K: int, from_stream: bool) -> Call:
+    def run() -> None:
+        (residual, sums), x = stream(16384, N), empty(16384, K, dtype=torch.bfloat16)
+        if stream_reason(x.dtype, x.device):
+            return
+        weight, p = x.new_empty(N, K), x.new_empty(N)
+        of_residual = (sums, p, p) if from_stream else (None, None, None)
+        linear_to_stream_triton(x, weight, p, residual, *of_residual, p, 1e-12, empty(1))
+
+    return Call("linear_to_stream", "bf16", f"{N}x{K}{' residual stream' * from_stream}", run)
+
+
+def end_of_stream(N: int, padded: bool) -> Call:
+    def run() -> None:
+        (g, sums), p = stream(512, N), empty(N, dtype=torch.bfloat16)
+        normalise_triton(g, sums, p, p, 1e-12, empty(512) if padded else None, empty(1), not padded, padded)
+
+    return Call("normalise", "bf16", f"{N}{' padded' if padded else ' rows'}", run)
+
+
 def dependent(call: Call) -> Call:
     """The same call with dependent launch on, where the target has it."""
 
@@ -87,6 +137,16 @@ def attention(dtype: str, D: int, probs: bool, bias: str = "", S: int = 128, uni
 
     shape = f"D={D} S={S}{' bias ' * bool(bias)}{bias}{' uniform' * uniform}"
     return Call("attention_probs" if probs else "attention", dtype, shape, run)
+
+
+def first_token_attention(dtype: str, D: int, uniform: bool = False) -> Call:
+    def run() -> None:
+        B, S, H = 4, 128, 12
+        q = empty(B, H * D, dtype=DTYPES[dtype])
+        kv = q.new_empty(B * S, 2 * H * D)
+        first_token_attention_triton(q, kv, empty(B + 1), empty(B), H, D**-0.5, uniform)
+
+    return Call("first_token_attention", dtype, f"D={D}{' uniform' * uniform}", run)
 
 
 def layer_norm(dtype: str, N: int, rows: bool = True, padded: bool = False, counted: bool = True) -> Call:
@@ -170,6 +230,9 @@ def calls() -> Iterator[Call]:
         yield attention("bf16", 64, probs, "keys")
         yield attention("bf16", 64, probs, "full", S=33)
         yield attention("bf16", 64, probs, uniform=True)
+    for dtype, D in itertools.product(("bf16", "fp16", "fp32"), (64, 32, 128, 20)):
+        yield first_token_attention(dtype, D)
+    yield first_token_attention("bf16", 64, uniform=True)
     for dtype, N in itertools.product(("bf16", "fp16", "fp32"), (768, 384, 1024)):
         yield from (layer_norm(dtype, N, padded=padded) for padded in (False, True))
         yield from (embed(dtype, N, torch.int64, padded) for padded in (False, True))
@@ -186,6 +249,12 @@ def calls() -> Iterator[Call]:
     yield pack(torch.int64, True, 2048, 2048)
     yield pack(torch.int64, False, 1, 33)
     yield from (pack(torch.bool, skip, bucket=True) for skip in (True, False))
+    for hidden, inner in ((768, 3072), (1024, 4096), (384, 1536)):
+        yield from (fold(3, hidden, hidden), fold(1, inner, hidden))
+        yield from (folded(3, hidden, hidden), folded(1, inner, hidden, acts[0]))
+        yield from (to_stream(hidden, K, other) for K in (hidden, inner) for other in (True, False))
+        yield from (end_of_stream(hidden, padded) for padded in (False, True))
+    yield from (folded(1, 3072, 768, act) for act in acts[1:])
     for rows in configs.ROW_CLASSES[:2]:  # the sizes that BertModel's graphs launch so
         for op, N in (("qkv_linear", 768), ("linear_gelu", 3072)):
             yield dependent(gemm(op, "bf16", rows, N, 768, acts[0] if op == "linear_gelu" else "none"))

@@ -16,7 +16,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def _check_index(name: str, ids: torch.Tensor, size: int, table: str, error: type[Exception]) -> None:
-    if ids.device.type != "cpu" and os.environ.get("BERT_FAST_CHECK") != "1":
+    if not ids.is_cpu and os.environ.get("BERT_FAST_CHECK") != "1":
         return
     low, high = (int(x) for x in torch.aminmax(ids))
     if low < 0 or high >= size:
@@ -29,6 +29,8 @@ def _check_ids(name: str, ids: torch.Tensor, B: int, S: int, device: torch.devic
         raise RuntimeError(f"{name} has dtype {ids.dtype}, expected torch.int64 or torch.int32")
     if ids.device != device:
         raise RuntimeError(f"{name} is on {ids.device}, expected {device}, where the model is: all on the same device")
+    if ids.shape == (B, S):
+        return
     if ids.dim() > 2 or any(n not in (1, want) for n, want in zip(reversed(ids.shape), (S, B), strict=False)):
         raise RuntimeError(f"{name} has shape {tuple(ids.shape)}, expected ({B}, {S}) or one that broadcasts to it")
 
@@ -80,14 +82,15 @@ def check_inputs(
             f"inputs_embeds is {tuple(inputs_embeds.shape)} {inputs_embeds.dtype} on {inputs_embeds.device}, expected "
             f"(B, S, {word.shape[1]}) {word.dtype} on {word.device}"
         )
-    table = embeddings.position_embeddings.weight.shape[0]
     if position_ids is None:
-        if S > embeddings.position_ids.shape[1]:
+        longest = embeddings.position_ids.shape[1]
+        if S > longest:
             raise RuntimeError(
-                f"input length S is {S}, expected at most {embeddings.position_ids.shape[1]} "
-                "(max_position_embeddings) where no position_ids are given"
+                f"input length S is {S}, expected at most {longest} (max_position_embeddings) where no position_ids "
+                "are given"
             )
     else:
+        table = embeddings.position_embeddings.weight.shape[0]
         _check_ids("position_ids", position_ids, B, S, word.device)
         if token_type_ids is None and tuple(position_ids.shape) not in ((1, S), (B, S)):
             raise RuntimeError(
@@ -102,12 +105,14 @@ def check_inputs(
         types = embeddings.token_type_embeddings.weight.shape[0]
         _check_index("token_type_ids", token_type_ids, types, "token_type_embeddings", IndexError)
     if attention_mask is not None:
-        _check_mask(attention_mask, B, S, model.config.num_attention_heads, word.device)
+        _check_mask(attention_mask, B, S, model, word.device)
     return B, S
 
 
-def _check_mask(mask: torch.Tensor, B: int, S: int, heads: int, device: torch.device) -> None:
-    shape = tuple(mask.shape)
+def _check_mask(mask: torch.Tensor, B: int, S: int, model: torch.nn.Module, device: torch.device) -> None:
+    if mask.shape == (B, S):
+        return
+    shape, heads = tuple(mask.shape), model.config.num_attention_heads
     if mask.dim() == 2:
         if shape != (B, S):
             raise RuntimeError(f"attention_mask has shape {shape}, expected ({B}, {S}), the shape of the input")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -13,13 +14,14 @@ import torch
 import transformers
 
 import bert_fast
+from bert_fast import graphs
 from bert_fast.kernels import configs, runtime
 
 from . import demo
 
-OPS = ("pack", "embed_layer_norm", "qkv_linear", "attention", "linear", "residual_layer_norm", "linear_gelu")
-OPS += ("gelu_layer_norm", "pool")
-GEMM_OPS = ("qkv_linear", "linear", "linear_gelu")  # fp32 on a GPU: torch's own GEMM
+OPS = ("pack", "embed_layer_norm", "qkv_linear", "attention", "linear_layer_norm", "linear_gelu", "linear")
+OPS += ("residual_layer_norm", "first_rows", "first_token_attention", "gelu_layer_norm", "pool")
+GEMM_OPS = ("qkv_linear", "linear_layer_norm", "linear_gelu", "linear")  # fp32 on a GPU: torch's own GEMM
 UPSTREAM_CASES = "training, decoder mode, hooks, adapters, quantisation, autocast, torch.compile"
 
 
@@ -67,6 +69,22 @@ def tile_lines(arch: str) -> list[str]:
     return lines
 
 
+def graph_lines() -> list[str]:
+    """Whether forwards are replayed from CUDA graphs here, the limits, and what this process holds."""
+    if os.environ.get("BERT_FAST_GRAPHS") == "0":
+        state = "off: BERT_FAST_GRAPHS=0"
+    elif not gpus():
+        state = "off: no CUDA device"
+    else:
+        state = "on, for inference without gradients; BERT_FAST_GRAPHS=0 switches them off"
+    size, total = graphs.MAX_OUTPUT_BYTES >> 20, graphs.MAX_DEVICE_BYTES >> 20
+    limits = f"limits: {graphs.MAX_GRAPHS} a model, {graphs.MAX_ROWS} rows and {size} MiB of outputs a graph,"
+    lines = [state, f"{limits} {total} MiB of inputs and outputs a device"]
+    held = [f"{name}: {n} graphs, {size / 2**20:.1f} MiB of inputs and outputs" for name, n, size in graphs.held()]
+    held += [f"{name}: memory pool of {size / 2**20:.1f} MiB" for name, size in graphs.pools()]
+    return lines + (held or ["held by this process: none"])
+
+
 def missing() -> list[str]:
     """What could be here and is not, each with the way to get it."""
     found = []
@@ -107,6 +125,7 @@ def report() -> list[str]:
         lines.append(f"  {op:<20}" + "".join(f"{how(op, d):<{width}}" for d in devices).rstrip())
     lines.append(f"  {UPSTREAM_CASES}: transformers' code;")
     lines.append("  bert_fast.explain(model, **inputs) says which code a call takes, and why")
+    lines += ["", "graphs", *(f"  {line}" for line in graph_lines())]
     if not devices[1:]:
         tables = ", ".join(sorted(path.name for path in configs.FOLDER.glob("*.json")))
         lines += ["", f"tiles: no GPU, so none in force; tables at hand: {tables}"]

@@ -14,6 +14,7 @@ from torch import nn
 from bert_fast.kernels.attention import attention
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm
 from bert_fast.kernels.first_rows import first_rows
+from bert_fast.kernels.first_token_attention import first_token_attention
 from bert_fast.kernels.linear import linear
 from bert_fast.kernels.linear_gelu import linear_gelu
 from bert_fast.kernels.linear_layer_norm import linear_layer_norm
@@ -112,8 +113,6 @@ def _after_attention(
 
 def _first_tokens(layer: nn.Module, rows: torch.Tensor, p: Packing, uniform_empty: bool) -> torch.Tensor:
     """(B, hidden): the output of a last layer whose only readers are those of the first tokens."""
-    from bert_fast.kernels.first_token_attention import first_token_attention
-
     own = layer.attention.self
     first = first_rows(rows, p.token, p.cu_seqlens, p.kv_len)
     query = linear(first, own.query.weight, own.query.bias, None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.bert import modeling_bert as hf
 
-from bert_fast import modeling
+from bert_fast import graphs, modeling
 from bert_fast.packing import resolve_padding
 from bert_fast.tiers import embeddings_reason, layer_reason, module_reason, pooler_reason, word_table
 
@@ -17,18 +17,21 @@ from bert_fast.tiers import embeddings_reason, layer_reason, module_reason, pool
 class Explanation:
     """tier: "encoder" (fused) or "upstream" (transformers' forward); reason: why not the encoder tier, or None;
 
-    padding: "exact" or "skip"; rows: (module, "fused" or "transformers", why) for the model and its parts.
+    padding: "exact" or "skip"; rows: (module, "fused" or "transformers", why) for the model and its parts; graph: in
+    the encoder tier, whether a CUDA graph would be replayed, else why not.
     """
 
     tier: str
     reason: str | None
     padding: str
     rows: tuple[tuple[str, str, str], ...]
+    graph: str = ""
 
     def __str__(self) -> str:
         widths = [max(len(row[i]) for row in self.rows) for i in (0, 1)]
         lines = [f"{name:<{widths[0]}}  {how:<{widths[1]}}  {why}".rstrip() for name, how, why in self.rows]
-        return "\n".join([f"tier: {self.tier}" + (f" ({self.reason})" if self.reason else ""), *lines])
+        first = [f"tier: {self.tier}" + (f" ({self.reason})" if self.reason else "")]
+        return "\n".join([*first, *([f"graph: {self.graph}"] if self.graph else []), *lines])
 
 
 def _row(name: str, reason: str | None) -> tuple[str, str, str]:
@@ -54,12 +57,20 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
     if bert is not model:  # what the head keeps to itself
         known |= {"labels", "next_sentence_label", "start_positions", "end_positions", "logits_to_keep"}
     kwargs = {key: value for key, value in inputs.items() if key not in known}
-    reason = modeling.encoder_reason(bert, tensors, others, kwargs)
-    flags = any(modeling.output_flags(bert, kwargs))
-    mask = inputs.get("attention_mask")
-    padding = "exact"
-    if reason is None and mask is not None and (mask.dim() == 2 or isinstance(model, modeling.BertForMultipleChoice)):
-        padding = resolve_padding(bert.padding, isinstance(model, modeling._FirstTokenHead), flags)
+    reason, plain = modeling.encoder_check(bert, tensors, others, kwargs)
+    flags = [bool(flag) for flag in modeling.output_flags(bert, kwargs)]
+    if isinstance(model, modeling.BertForMultipleChoice):  # (B, choices, S) is (B * choices, S) to its BertModel
+        kept = {"inputs_embeds": 2}  # trailing dimensions
+        tensors = {k: x if x is None else x.reshape(-1, *x.shape[-kept.get(k, 1) :]) for k, x in tensors.items()}
+    first_token_only, mask = isinstance(model, modeling._FirstTokenHead), tensors["attention_mask"]
+    padding, graph = "exact", ""
+    if plain is not None:
+        if mask is not None and mask.dim() == 2:
+            padding = resolve_padding(bert.padding, first_token_only, any(flags))
+        given = tensors["inputs_embeds"] if tensors["input_ids"] is None else tensors["input_ids"]
+        if given is not None and given.dim() >= 2:
+            call = modeling.make_call(bert, *given.shape[:2], tensors, *flags, first_token_only)
+            graph = graphs.plan(bert, plain, call)
     like = word_table(bert)
     rows = [_row(name or type(bert).__name__, reason)]
     if like is not None and module_reason(bert.encoder, hf.BertEncoder) is None:
@@ -73,7 +84,7 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
     for path, module in model.named_modules():
         if isinstance(module, modeling.BertPredictionHeadTransform):
             rows.append(_row(path, modeling.transform_reason(module, None)))
-    return Explanation("upstream" if reason else "encoder", reason, padding, tuple(rows))
+    return Explanation("upstream" if reason else "encoder", reason, padding, tuple(rows), graph)
 
 
 def explain(model: torch.nn.Module, **inputs: Any) -> Explanation:

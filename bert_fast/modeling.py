@@ -13,12 +13,12 @@ import torch
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils import output_capturing
 
+from bert_fast import graphs, snapshot
 from bert_fast.checks import check_inputs, check_one_of
-from bert_fast.encoder import encode
 from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm
 from bert_fast.kernels.linear import linear
 from bert_fast.outputs import SELECTS_HIDDEN_STATES, make_outputs
-from bert_fast.packing import check_padding, make_packing, resolve_padding
+from bert_fast.packing import check_padding, resolve_padding
 from bert_fast.tiers import (
     DTYPES,
     activation_name,
@@ -30,6 +30,7 @@ from bert_fast.tiers import (
     surroundings_reason,
     unsupported_reason,
     warn_once,
+    word_table,
 )
 from bert_fast.upstream import BertCrossAttention, BertSelfAttention
 
@@ -117,21 +118,16 @@ class BertModel(_Fast, hf.BertModel):
         }
         if torch.compiler.is_compiling():  # before anything that a compiler would have to trace
             return super().forward(**tensors, **others, use_cache=use_cache, **kwargs)
-        reason = encoder_reason(self, tensors, others, kwargs)
-        if reason is not None:
+        reason, plain = encoder_check(self, tensors, others, kwargs)
+        if plain is None:
             warn_once(reason)
             return super().forward(**tensors, **others, use_cache=use_cache, **kwargs)
         hidden_states, attentions = output_flags(self, kwargs)
-        return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
+        return_dict = kwargs["return_dict"] if "return_dict" in kwargs else getattr(self.config, "return_dict", True)
         check_one_of(input_ids, inputs_embeds)
         B, S = check_inputs(self, **tensors)
-        skip = resolve_padding(self._padding, first_token_only, bool(hidden_states or attentions)) == "skip"
-        device = self.embeddings.word_embeddings.weight.device
-        uniform_empty = self.config._attn_implementation == "eager"
-        packing = make_packing(attention_mask, B, S, device, skip, uniform_empty)
-        encoded = encode(
-            self, packing, input_ids, token_type_ids, position_ids, inputs_embeds, bool(hidden_states), bool(attentions)
-        )
+        call = make_call(self, B, S, tensors, bool(hidden_states), bool(attentions), first_token_only)
+        encoded = graphs.replayed(self, plain, call) or graphs.run_directly(self, call, plain.device)
         return make_outputs(encoded, hidden_states, attentions, return_dict, self.config.num_hidden_layers)
 
 
@@ -140,22 +136,44 @@ _FORWARD = BertModel.forward
 
 def output_flags(model: hf.BertModel, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(output_hidden_states, output_attentions) of a call, from its arguments or the config, as upstream reads them."""
-    return tuple(kwargs.get(name, getattr(model.config, name, False)) for name in FLAGS)  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        kwargs[name] if name in kwargs else getattr(model.config, name, False) for name in FLAGS
+    )
 
 
 FLAGS = ("output_hidden_states", "output_attentions")
 
 
-def encoder_reason(
+def encoder_check(
     model: BertModel, tensors: dict[str, Any], others: dict[str, Any], kwargs: dict[str, Any]
-) -> str | None:
-    """Why this call of a BertModel is not for the encoder tier, or None."""
-    parameter = next(model.parameters())
-    return (
-        surroundings_reason(parameter.device.type)
-        or model_reason(model)
-        or call_reason(tensors, others, kwargs, parameter.dtype)
-    )
+) -> tuple[str | None, snapshot.Snapshot | None]:
+    """(None, the model's snapshot) of a call for the encoder tier, (why it is not, None) of another one."""
+    like = word_table(model)
+    like = next(model.parameters()) if like is None else like
+    reason = surroundings_reason(like.device.type)
+    plain = None if reason else snapshot.held(model)
+    if reason is None and plain is None:
+        reason = model_reason(model)
+        plain = None if reason else snapshot.take(model)
+    reason = reason or call_reason(tensors, others, kwargs, like.dtype)
+    return reason, None if reason else plain
+
+
+def make_call(
+    model: BertModel,
+    B: int,
+    S: int,
+    tensors: dict[str, Any],
+    hidden_states: bool,
+    attentions: bool,
+    first_token_only: bool,
+) -> graphs.Call:
+    """What one checked call computes; tensors in forward's order. first_token_only: a head reads only the pooler."""
+    mask, returns_positions = tensors["attention_mask"], hidden_states or attentions
+    skip = resolve_padding(model._padding, first_token_only, returns_positions) == "skip"
+    # a 4-D mask may have a bias for every query: its last layer is computed like the others
+    first_tokens = first_token_only and not returns_positions and (mask is None or mask.dim() == 2)
+    return graphs.Call(B, S, *tensors.values(), skip, hidden_states, attentions, first_tokens)
 
 
 class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):

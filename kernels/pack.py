@@ -9,8 +9,8 @@ skip=False: every token is a row (q_len = S); its real ones are the keys.
 skip=True: rows are the real tokens, plus position 0 of every sequence (the pooler reads it; when it is padding it is
 the last row and no key); a sequence without a real token keeps all S rows.
 
-shape: the mask is a buffer larger than the batch in it (graphs.py), whose true (B, S) only the device knows. What lies
-outside is neither row nor key and comes last in `token`; a sequence outside has no rows, one inside has S of the true S.
+shape: the mask is a buffer larger than the batch in it (a graph's), whose true (B, S) only the device knows. What lies
+outside is neither row nor key and comes last in `token`; a sequence outside has no rows, S above is the true one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from bert_fast.kernels.registry import register
-from bert_fast.kernels.runtime import device_guard, next_power_of_2, tl, triton
+from bert_fast.kernels.runtime import device_guard, follow_previous, launch_options, next_power_of_2, tl, triton
 
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -77,8 +77,10 @@ def _true_length(shape_ptr, b, S, HAS_SHAPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "stride_b"])
 def _row_count_kernel(
-    mask_ptr, stride_b, stride_s, shape_ptr, q_len_ptr, S, HAS_SHAPE: tl.constexpr, BLOCK_S: tl.constexpr
+    mask_ptr, stride_b, stride_s, shape_ptr, q_len_ptr, S,
+    HAS_SHAPE: tl.constexpr, PDL: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    follow_previous(PDL)
     b = tl.program_id(0)
     S = _true_length(shape_ptr, b, S, HAS_SHAPE)
     row_ptr = mask_ptr + b.to(tl.int64) * stride_b
@@ -97,8 +99,9 @@ def _pack_kernel(
     shape_ptr,  # int32 (2,): the true B and S; absent: the mask's
     q_len_ptr,  # int32 (B,): rows of each sequence; absent: the true S each
     token_ptr, cu_seqlens_ptr, kv_len_ptr, prefix_ptr, B, S,
-    SKIP: tl.constexpr, HAS_SHAPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+    SKIP: tl.constexpr, HAS_SHAPE: tl.constexpr, PDL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    follow_previous(PDL)
     b = tl.program_id(0)
     q_len = _true_length(shape_ptr, b, S, HAS_SHAPE)
     length = q_len
@@ -162,13 +165,14 @@ def pack_triton(mask: torch.Tensor, skip: bool, shape: torch.Tensor | None = Non
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     token, cu_seqlens, kv_len, prefix = (mask.new_empty(n, dtype=torch.int32) for n in (B * S, B + 1, B, B))
     q_len = mask.new_empty(B, dtype=torch.int32) if skip else None
-    flags = dict(HAS_SHAPE=shape is not None, BLOCK_S=min(max(next_power_of_2(S), 128), 1024))
+    BLOCK_S = min(max(next_power_of_2(S), 128), 1024)
+    flags = dict(HAS_SHAPE=shape is not None, BLOCK_S=BLOCK_S, num_warps=4, **launch_options())
     with device_guard(mask):
         if q_len is not None:
-            _row_count_kernel[(B,)](mask, *mask.stride(), shape, q_len, S, **flags, num_warps=4, enable_fp_fusion=True)
+            _row_count_kernel[(B,)](mask, *mask.stride(), shape, q_len, S, **flags)
         _pack_kernel[(B,)](
             mask, *mask.stride(), shape, q_len, token, cu_seqlens, kv_len, prefix, B, S,
-            SKIP=skip, BLOCK_B=1024, **flags, num_warps=4, enable_fp_fusion=True,
+            SKIP=skip, BLOCK_B=1024, **flags,
         )  # fmt: skip
     return token, cu_seqlens, kv_len, prefix
 

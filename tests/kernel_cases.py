@@ -80,7 +80,7 @@ def biases(B: int, H: int, S: int, dtype: torch.dtype) -> dict[str, torch.Tensor
 T, K, N, H, B, S = 6, 8, 12, 2, 2, 3  # T = B * S
 ROWS = 4  # of T, where rows are counted on the device
 OPS = ("pack", "linear", "linear_gelu", "qkv_linear", "attention", "residual_layer_norm", "gelu_layer_norm")
-OPS += ("embed_layer_norm", "pool", "linear_layer_norm", "first_rows")
+OPS += ("embed_layer_norm", "pool", "linear_layer_norm", "first_rows", "first_token_attention")
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])  # skip makes 5 rows of it
 ONES = torch.ones(B, S)
 
@@ -143,6 +143,10 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
         "linear_layer_norm": {
             "rows": (x, weight, bias, leaf(T, N), leaf(N, seed=2), bias, 1e-5, None, None, True, False),
             "both": (x, weight, bias, leaf(T, N), leaf(N, seed=2), bias, 1e-5, skip[0], n, True, True),
+        },
+        "first_token_attention": {
+            "exact": (leaf(B, H * 4), leaf(T, 2 * H * 4), *full[1:3], H, 0.5, False),
+            "skip": (leaf(B, H * 4), leaf(T, 2 * H * 4), *skip[1:3], H, 0.5, True),
         },
         "first_rows": {"skip": (x, skip[0], *skip[1:3]), "exact": (x, full[0], *full[1:3])},
     }[op]

@@ -19,9 +19,12 @@ OPS = (
     "attention",
     "attention_probs",
     "embed_layer_norm",
+    "first_rows",
+    "first_token_attention",
     "gelu_layer_norm",
     "linear",
     "linear_gelu",
+    "linear_layer_norm",
     "pack",
     "pool",
     "qkv_linear",
@@ -131,7 +134,7 @@ def test_faults_are_reported(tmp_path):
     assert "BLOCK_K is too small" in done.stdout
     # no calls: every kernel and every tile entry is missed
     assert "bert_fast.kernels.attention._attention_kernel is never launched" in done.stdout
-    assert "sm90.json: nothing reaches gemm/rows>2048/half" in done.stdout
+    assert "sm90.json: nothing reaches gemm/rows>8192 wide/half" in done.stdout
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):

@@ -88,9 +88,9 @@ def _activate_kernel(x_ptr, y_ptr, ACT: tl.constexpr, EXACT: tl.constexpr, N: tl
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("act,exact", [("gelu", True), ("gelu", False), ("gelu_tanh", False), ("silu", False)])
+@pytest.mark.parametrize("act,exact", [("gelu", True), ("gelu_tanh", False), ("silu", False)])
 def test_activations_in_fp32(act: str, exact: bool) -> None:
-    """What a half output would round away: the rational erf of half outputs too is within 1e-6 of its function."""
+    """What a half output would round away; the polynomial of half outputs has tests/test_kernels_activation.py."""
     x, y = torch.linspace(-8, 8, 512), torch.empty(512)
     _activate_kernel[(1,)](x, y, act, exact, 512)
     torch.testing.assert_close(y.double(), TORCH[act](x.double()), rtol=4 * torch.finfo(torch.float32).eps, atol=1e-6)

@@ -1,0 +1,161 @@
+"""What `tiers.model_reason` found, kept: the walk over all modules costs more than the launches of a small forward.
+
+A snapshot is taken after a walk that found every module plain. `holds` then compares, in passes that run in C over
+lists prepared once, everything the walk reads that can change between two calls: the tree of modules and their types,
+the number of their attributes (an instance's `forward` is one more), training flags, hooks, the address of every
+parameter and of the embeddings' buffers, sizes and constants, the config, and the class attributes that a call would
+run. Where it does not hold, the walk runs again. CUDA graphs (graphs.py) live as long as their snapshot: an address
+that has moved ends both.
+
+Blind spots, in which a fresh walk would see what this does not:
+- `parameter.data` set to a view of the same memory with another shape or strides, or another dtype (the word table's
+  dtype is compared, so that casts of the whole model are seen);
+- an attribute deleted and another added on the same module between two calls;
+- a hook put into a module's dict of hooks by hand: hooks are looked at after any `register_...hook` in the process;
+- the dict itself of `_modules`, `_parameters` or `_buffers` exchanged for another one;
+- a Parameter's `__class__` changed in place.
+A submodule that refers back to its BertModel keeps the snapshot, and with it the model, alive.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import attrgetter, getitem, itemgetter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.models.bert import modeling_bert as hf
+
+from bert_fast.tiers import FORWARDS
+
+_FORWARD_OF = attrgetter("forward")
+_TRAINING = itemgetter("training")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONFIG = ("is_decoder", "is_causal", "_attn_implementation", "_attn_implementation_internal")
+# what encode and the walk read of a module beside its parameters
+_CONSTANTS: dict[type, tuple[str, ...]] = {
+    nn.LayerNorm: ("eps",),
+    nn.Linear: ("out_features",),  # of the intermediate one alone
+    nn.Embedding: ("max_norm", "sparse", "scale_grad_by_freq", "padding_idx"),
+    hf.BertSelfAttention: ("scaling", "num_attention_heads", "attention_head_size", "is_decoder", "is_causal"),
+    hf.BertLayer: ("is_decoder", "add_cross_attention", "chunk_size_feed_forward"),
+}
+_UNREADABLE = (RuntimeError, TypeError, KeyError, AttributeError)  # of what is removed, or has no memory of its own
+
+
+def _flat(dicts: Any) -> list[Any]:
+    """All values of the dicts, in order."""
+    return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+def _globals_of(model: nn.Module) -> tuple[Any, ...]:
+    """Facts outside the modules, compared by `==`."""
+    config = model.config.__dict__
+    return (
+        *map(config.get, _CONFIG),
+        getattr(model._create_attention_masks, "__func__", None),
+        hf.eager_attention_forward,
+        hf.ALL_ATTENTION_FUNCTIONS.get("sdpa"),
+        *map(_FORWARD_OF, FORWARDS),
+    )
+
+
+class Snapshot:
+    """The state of a plain BertModel; no reference to the model itself, so that it can die.
+
+    device, dtype: the model's; max_length: of the default positions; graphs: what graphs.py captured under it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        below = modules[1:]
+        self._globals = _globals_of(model)
+        self._trees = [m._modules for m in modules if m._modules]
+        self._children = _flat(self._trees)
+        self._types = list(map(type, self._children))
+        # of attention.self.dropout only p and the parent's training flag are read, and those in training only
+        unread = {id(getattr(layer.attention.self, "dropout", None)) for layer in model.encoder.layer}
+        self._dicts = [m.__dict__ for m in below if id(m) not in unread]
+        self._lengths = list(map(len, self._dicts))
+        self._training = list(map(_TRAINING, self._dicts))  # False where a walk looks
+        self._newest_hook = self._hook_seen = -1
+        self._hooks = self._read_hooks()  # transformers' own, which a walk lets pass
+        embeddings = model.embeddings
+        tensors = [(embeddings._buffers, name) for name in embeddings._buffers]
+        tensors += [(m._parameters, name) for m in below for name in m._parameters]
+        self._tensors = [dicts for dicts, _ in tensors], [name for _, name in tensors]
+        self._word = embeddings.word_embeddings._parameters
+        word = self._word["weight"]
+        self.device, self.dtype = word.device, word.dtype
+        self.max_length = embeddings.position_ids.shape[1]
+        self.graphs: Any = None
+        wide = [layer.intermediate.dense for layer in model.encoder.layer]
+        dicts_of = {cls: [m.__dict__ for m in below if isinstance(m, cls)] for cls in _CONSTANTS}
+        dicts_of[nn.Linear] = [m.__dict__ for m in wide]
+        self._constants: list[tuple[Any, list[dict[str, Any]], list[Any]]] = []
+        self._addresses: list[int] | None = None
+        try:
+            for cls, dicts in dicts_of.items():
+                read = itemgetter(*_CONSTANTS[cls])
+                self._constants.append((read, dicts, list(map(read, dicts))))
+            self._addresses = self._read_addresses()
+        except _UNREADABLE:  # walk at every call
+            pass
+
+    def _read_addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, map(getitem, *self._tensors)))
+
+    def _read_hooks(self) -> list[Any]:
+        return _flat(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))
+
+    def _same_hooks(self) -> bool:
+        newest = RemovableHandle.next_id  # counts every hook registered in the process, on whatever
+        if newest != self._newest_hook:
+            if self._read_hooks() != self._hooks:
+                return False
+            # looked at twice: another thread may just have drawn the number and not yet stored its hook
+            self._newest_hook, self._hook_seen = (newest if newest == self._hook_seen else -1), newest
+        return True
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether a walk over `model`, the one this was taken of, would still find everything plain and in place."""
+        children = _flat(self._trees)
+        if model.training or children != self._children or list(map(type, children)) != self._types:
+            return False
+        dicts = self._dicts
+        if list(map(len, dicts)) != self._lengths or list(map(_TRAINING, dicts)) != self._training:
+            return False
+        if not self._same_hooks():
+            return False
+        try:
+            if self._word["weight"].dtype != self.dtype or self._read_addresses() != self._addresses:
+                return False
+            for read, dicts, values in self._constants:
+                if list(map(read, dicts)) != values:
+                    return False
+        except _UNREADABLE:
+            return False
+        return _globals_of(model) == self._globals
+
+
+_snapshots: WeakKeyDictionary[nn.Module, Snapshot] = WeakKeyDictionary()
+
+
+def held(model: nn.Module) -> Snapshot | None:
+    """The model's snapshot if it still holds."""
+    snapshot = _snapshots.get(model)
+    return snapshot if snapshot is not None and snapshot.holds(model) else None
+
+
+def snapshots() -> list[tuple[nn.Module, Snapshot]]:
+    """Every model alive that has one."""
+    return list(_snapshots.items())
+
+
+def take(model: nn.Module) -> Snapshot:
+    """A new snapshot of a model that a walk has just found plain; it replaces the one before."""
+    snapshot = _snapshots[model] = Snapshot(model)
+    return snapshot
