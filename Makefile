@@ -15,7 +15,7 @@ export XDG_CACHE_HOME ?= $(CURDIR)/.cache
 export TRITON_HOME ?= $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-oldest aot lint bench gpu-check clean
+.PHONY: help demo test test-oldest aot lint bench report tune gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -36,9 +36,15 @@ aot: .venv/.ready  ## compile every kernel config for GPUs that are not here
 lint: .venv/.ready  ## ruff
 	.venv/bin/ruff check $(ARGS) .
 
-bench: .venv/.bench  ## kernels, then the whole model, against transformers and torch
+bench: .venv/.bench  ## kernels, then the whole model, against transformers and torch (ARGS="--quick")
 	.venv/bin/python -m bench kernels $(ARGS)
 	.venv/bin/python -m bench model $(ARGS)
+
+report: .venv/.bench  ## the records in bench/results as one HTML page with plots
+	.venv/bin/python -m bench report $(ARGS)
+
+tune: .venv/.bench  ## search tiles for the GPU at hand (ARGS="--quick")
+	.venv/bin/python -m bench tune $(ARGS)
 
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check:  ## GPU tests and a short bench with the system's own python3: no venv, no install, no network

@@ -1,1 +1,1 @@
-"""Benches: `python -m bench model`, `python -m bench kernels`, `python -m bench aot`."""
+"""Benches: `python -m bench model | kernels | tune | compare | report | aot`."""

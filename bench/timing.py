@@ -1,4 +1,4 @@
-"""Timing in turns, and the record of where it was taken.
+"""Timing in turns: the one way anything here is timed.
 
 Every measurement is one block of calls: CUDA events around it on a GPU, the wall clock on a CPU, divided by the number
 of calls. The providers take turns block by block, so that a noisy neighbour or a clock change falls on all alike.
@@ -6,25 +6,17 @@ of calls. The providers take turns block by block, so that a noisy neighbour or 
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import json
-import os
-import platform
-import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK_MS = {"cuda": 20.0, "cpu": 2.0}  # long enough that a clock's resolution and one launch do not count
 GRAPH_CALLS = 20
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # well past the caches
+GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
 Calls = dict[str, Callable[[], object]]
 
 
@@ -60,25 +52,36 @@ def _block(call: Callable[[], object], count: int, device: torch.device) -> floa
     return (time.perf_counter() - begin) * 1e3 / count
 
 
-def in_turns(calls: Calls, device: torch.device, rounds: int, graph: bool = False) -> dict[str, Timing]:
+def in_turns(
+    calls: Calls, device: torch.device, rounds: int, graph: bool = False, problems: dict[str, str] | None = None
+) -> dict[str, Timing]:
     """Times every call, a block each per round, starting with another one each round.
 
     graph: on a GPU, each call is captured GRAPH_CALLS times and the graph replayed, so that kernels are timed and not
-    their launches.
+    their launches. problems: where given, a call that fails to start is left out and the reason noted here.
     """
     per = GRAPH_CALLS if graph and device.type == "cuda" else 1
-    calls = {name: _graphed(call, device) if per > 1 else call for name, call in calls.items()}
+    ready: Calls = {}
     counts = {}
     for name, call in calls.items():
-        for _ in range(2):  # warm-up
-            call()
-        counts[name] = max(1, round(BLOCK_MS[device.type] / max(_block(call, 1, device), 1e-3)))
-    names = list(calls)
+        try:
+            ready[name] = _graphed(call, device) if per > 1 else call
+            for _ in range(2):  # warm-up
+                ready[name]()
+            counts[name] = max(1, round(BLOCK_MS[device.type] / max(_block(ready[name], 1, device), 1e-3)))
+        except Exception as problem:
+            ready.pop(name, None)
+            if problems is None:
+                raise
+            problems[name] = one_line(problem)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # it may have been memory that ran out
+    names = list(ready)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
+    for turn in range(rounds if names else 0):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            times[name].append(_block(calls[name], counts[name], device) / per)
+            times[name].append(_block(ready[name], counts[name], device) / per)
     return {name: Timing.of(ts) for name, ts in times.items()}
 
 
@@ -96,6 +99,11 @@ def _graphed(call: Callable[[], object], device: torch.device) -> Callable[[], o
     return graph.replay
 
 
+def one_line(problem: BaseException) -> str:
+    """An exception as a note in a table."""
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+
+
 def pick_device(kind: str | None) -> torch.device:
     """The device that `--device` names; without it the GPU where there is one."""
     if kind == "cuda" and not torch.cuda.is_available():
@@ -104,85 +112,43 @@ def pick_device(kind: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine reaches: bytes a second of a copy (read + written), FLOP a second of a square product."""
+    size, count = GEMM_SIZE[device.type], COPY_BYTES[device.type] // 4
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    times = in_turns({"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}, device, rounds=5)
+    moved, work = 2 * 4 * count, 2 * size**3
+    found = {"copy": moved / times["copy"].median * 1e3, "gemm": work / times["gemm"].median * 1e3}
+    return found | {"gemm_size": size}
 
 
-def _version(name: str) -> str | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return None
+def higher(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Ceilings of a run from those at its two ends: a moment's disturbance must not lower what shares are of."""
+    return {name: max(value, after[name]) for name, value in before.items()}
 
 
-def environment(device: torch.device, command: str) -> dict[str, object]:
-    """What a number needs beside it to be read later."""
-    record: dict[str, object] = {
-        "device": device_name(device),
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        **{name: _version(name) for name in ("triton", "transformers")},
-    }
-    if device.type == "cuda":
-        chip = torch.cuda.get_device_properties(device)
-        record |= {
-            "capability": f"{chip.major}.{chip.minor}",
-            "multiprocessors": chip.multi_processor_count,
-            "memory_gib": round(chip.total_memory / 2**30, 1),
-            "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-        }
-    else:
-        record |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-        if hasattr(os, "getloadavg"):
-            record["load"] = round(os.getloadavg()[0], 2)
-    return record
+def say_ceilings(top: dict[str, float]) -> str:
+    size = int(top["gemm_size"])
+    return f"ceilings: copy {quantity(top['copy'], 'B/s')}, {size}³ GEMM {quantity(top['gemm'], 'FLOP/s')}"
 
 
-def busy(env: dict[str, object]) -> str:
-    """A line for the reader when others are using the cores, else nothing."""
-    load, cores = env.get("load"), env.get("cores")
-    if not isinstance(load, float) or not isinstance(cores, int) or load < cores / 2:
-        return ""
-    return f"note: load {load} on {cores} cores before the first call; these times are of a busy machine\n"
+def quantity(value: float, unit: str) -> str:
+    """1.23e12 -> '1.23 TFLOP/s'."""
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
 
 
-def command_line(argv: list[str] | None = None) -> str:
-    """The command, less `--out FILE`: where the record went is no part of it."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    while "--out" in words:
-        at = words.index("--out")
-        del words[at : at + 2]
-    return " ".join(["python", "-m", "bench", *words])
-
-
-def result_file(kind: str, device: torch.device) -> Path:
-    """bench/results/<device>-<kind>-<date>.json"""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return RESULTS / f"{name}-{kind}-{datetime.date.today().isoformat()}.json"
-
-
-def save(path: Path, env: dict[str, object], rows: list[dict[str, object]], **more: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    payload = {"environment": env, **more, "rows": rows}
-    path.write_text(json.dumps(payload, indent=1, default=asdict) + "\n")
-
-
-@contextlib.contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[], object]]:
-    """-> a function to call after each step; draws on a terminal that has tqdm, else nothing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda: None
-        return
-    with tqdm(total=total, desc=what, disable=None, leave=False) as bar:
-        yield bar.update
+def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
+    """MiB that a call allocates at its peak beyond what was held before it; pools kept by CUDA graphs are not in it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return round((torch.cuda.max_memory_allocated(device) - held) / 2**20, 1)

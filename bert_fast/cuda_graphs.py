@@ -12,6 +12,9 @@ from weakref import WeakSet
 
 import torch
 
+from bert_fast.kernels.runtime import dependent_launches
+
+DEPENDENT_ROWS = 128  # up to here kernels are so short that starting them is a good part of their time
 T = TypeVar("T")
 _capturing = threading.Lock()  # one capture at a time in the process: each pauses the garbage collector
 
@@ -29,8 +32,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def launch_mode(device: torch.device, rows: int) -> AbstractContextManager[Any]:
-    """How kernels are launched in the warm-up and the capture of a forward of `rows` rows: here, plainly."""
-    return contextlib.nullcontext()
+    """How kernels are launched in the warm-up and the capture of a forward of `rows` rows: dependently where few."""
+    return dependent_launches(device) if rows <= DEPENDENT_ROWS else contextlib.nullcontext()
 
 
 class CudaGraph:

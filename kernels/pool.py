@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bert_fast.kernels.activation import tanh
-from bert_fast.kernels.configs import choose
+from bert_fast.kernels.configs import TileConfig, choose
 from bert_fast.kernels.registry import register
 from bert_fast.kernels.runtime import (
     capability,
@@ -68,11 +68,13 @@ def pool_cpu(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return F.linear(hidden[:, 0], weight, bias).tanh_()
 
 
-def pool_triton(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def pool_triton(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: TileConfig | None = None
+) -> torch.Tensor:
     _check(hidden, weight, bias)
     B, N, K = hidden.shape[0], *weight.shape
     y = hidden.new_empty(B, N)
-    config = choose("pool", "any", hidden.dtype, capability(hidden.device))
+    config = config or choose("pool", "any", hidden.dtype, capability(hidden.device))
     with device_guard(hidden):
         _pool_kernel[(ceil_div(B, config.BLOCK_M), ceil_div(N, config.BLOCK_N))](
             hidden, weight, bias.contiguous(), y, B, N, K, hidden.stride(0), weight.stride(0),

@@ -14,8 +14,8 @@ from helpers import (
     assert_tier,
     head_inputs,
     pair,
-    random_ids,
     ragged_mask,
+    random_ids,
 )
 
 from bert_fast import encoder

@@ -1,0 +1,173 @@
+"""One workload of `bench model`: checked, its peers compiled, all timed in turns; a row of the record.
+
+Correctness comes first, by the rule of `bert_fast.demo.judge`; a workload that fails it is not timed. A peer that fails
+is noted.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bert_fast.demo import Tensors, Verdict, collect, judge, kept_positions, zero_dropped
+from bert_fast.explain import explanation
+
+from . import peers, timing
+from .peers import COMPILE, Models
+from .progress import Progress
+from .records import OURS
+from .workloads import Workload, flops, inputs_of, least_bytes
+
+
+@dataclass
+class Session:
+    """What stays the same from workload to workload."""
+
+    size: str
+    device: torch.device
+    dtype: torch.dtype
+    quick: bool
+    compile_left_s: float  # seconds left for torch.compile
+    top: dict[str, float]  # ceilings
+    bar: Progress
+    models: Models
+    truth: torch.nn.Module | None = None  # half types are held against float64, fp32 against eager fp32 itself
+    compiled_for: tuple = ()
+    compiled: Any = None  # -> (calls, notes) of that workload
+
+    @property
+    def rounds(self) -> int:
+        return (7 if self.quick else 15) if self.device.type == "cpu" else (10 if self.quick else 20)
+
+    def free(self) -> None:
+        self.models, self.truth, self.compiled_for, self.compiled = {}, None, (), None
+        torch.compiler.reset()  # what it compiled holds the models before, and pools of CUDA graphs
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def load(self, work: Workload) -> None:
+        self.free()
+        self.models = peers.load_all(self.size, work, self.device, self.dtype)
+        if self.dtype != torch.float32:
+            self.truth = copy.deepcopy(self.models["eager"]).double()
+
+    def compile(self, work: Workload, arguments: dict[str, Any]) -> tuple[timing.Calls, dict[str, str]]:
+        """torch.compile's providers for a workload, those that compile; -> calls and notes."""
+        if self.compiled_for == work.peers_run:  # two of our padding modes over the same batch
+            return self.compiled
+        self.compiled = None
+        torch.compiler.reset()
+        calls, notes = {}, {}
+        for mode in peers.modes(work, self.device, self.quick):
+            name = COMPILE + mode
+            if self.compile_left_s <= 0:
+                notes[name] = "not run: the time given to torch.compile was spent"
+                continue
+            self.bar.at(f"{work.label}: compiling, {mode}")
+            start = time.perf_counter()
+            try:
+                run = peers.compiled(self.models, work, mode)
+                run(**arguments)
+                calls[name] = lambda f=run: f(**arguments)
+            except Exception as problem:  # a peer that cannot compile is a fact to print, not the bench's end
+                notes[name] = timing.one_line(problem)
+            self.compile_left_s -= time.perf_counter() - start
+        self.compiled_for, self.compiled = work.peers_run, (calls, notes)
+        return calls, notes
+
+
+def upstream_reason(model: torch.nn.Module, arguments: dict[str, Any]) -> str | None:
+    """Why bert_fast would run transformers' own code here: then there is nothing of ours to check or to time."""
+    told = explanation(model, **arguments)
+    return told.reason if told.tier != "encoder" else None
+
+
+def check(session: Session, work: Workload, inputs: dict, wanted: dict[str, bool]) -> list[Verdict]:
+    """The rule of bert_fast.demo over the outputs the workload asks for, logits of a head among them."""
+    kept = kept_positions(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])), work.padding)
+
+    def outputs(model: torch.nn.Module, **flags: bool) -> Tensors:
+        result = model(**inputs, **flags)
+        found = collect(result) if model is session.models[OURS] else zero_dropped(collect(result), kept)
+        return found | ({"logits": (result.logits,)} if work.head else {})
+
+    ours, eager = outputs(session.models[OURS], **wanted), outputs(session.models["eager"], **wanted)
+    if session.truth is not None:
+        return judge(ours, eager, truth=outputs(session.truth, **wanted))
+    hidden = {k: v for k, v in wanted.items() if k != "output_attentions"}
+    return judge(ours, eager, outputs(session.models["sdpa"], **hidden))
+
+
+def measure(session: Session, work: Workload) -> dict[str, Any]:
+    """One row of the record."""
+    models, device = session.models, session.device
+    config = models["eager"].config
+    inputs, lengths = inputs_of(work, config.vocab_size, device)
+    wanted = {f"output_{name}": True for name in work.outputs}
+    arguments = {**inputs, **wanted}
+    models[OURS].set_padding(work.padding)
+    notes: dict[str, str] = {}
+    times: dict[str, timing.Timing] = {}
+    memory: dict[str, float | None] = {}
+    verdicts: list[Verdict] = []
+    session.bar.at(f"{work.label}: checking")
+    reason = upstream_reason(models[OURS], arguments)
+    if reason:
+        notes[OURS] = f"runs transformers' code: {reason}"
+    else:
+        try:
+            verdicts = check(session, work, inputs, wanted)
+        except torch.OutOfMemoryError as problem:
+            notes[OURS] = f"not checked: {timing.one_line(problem)}"
+    if verdicts and all(v.ok for v in verdicts):
+        calls: dict[str, Callable[[], object]] = {}
+        for name, model in models.items():
+            if not (name == "sdpa" and "attentions" in work.outputs):
+                calls[name] = lambda m=model: m(**arguments)
+        if session.compile_left_s != float("-inf"):
+            compiled, why = session.compile(work, arguments)
+            calls, notes = compiled | calls, notes | why
+        session.bar.at(f"{work.label}: timing")
+        times = timing.in_turns(calls, device, session.rounds, problems=notes)
+        memory = {name: timing.peak_memory(calls[name], device) for name in times}
+    labels = config.num_labels if work.head else 0
+    counted = flops(config, lengths, labels), least_bytes(config, work, lengths, session.dtype.itemsize)
+    return row(work, lengths, times, verdicts, counted, notes, session.top) | {"memory_mib": memory}
+
+
+def row(
+    work: Workload,
+    lengths: torch.Tensor,
+    times: dict[str, timing.Timing],
+    verdicts: list[Verdict],
+    counted: tuple[float, float],
+    notes: dict[str, str],
+    top: dict[str, float],
+) -> dict[str, Any]:
+    others = {n: t.median for n, t in times.items() if n != OURS}
+    best = min(others, key=others.__getitem__, default=None)
+    ours = times[OURS].median if OURS in times else None
+    rate = counted[0] / ours * 1e3 if ours else None
+    return {
+        "workload": work.label,
+        **asdict(work),
+        "rows": work.batch * work.seq,
+        "tokens": int(lengths.sum()),
+        "ok": ours is not None and all(v.ok for v in verdicts),
+        "check": [{**asdict(v), "ok": v.ok} for v in verdicts],
+        "ms": {n: asdict(t) for n, t in times.items()},
+        "best_peer": best,
+        "speed_up": others[best] / ours if best and ours else None,
+        "flops": counted[0],
+        "bytes": counted[1],
+        "rate": rate,
+        "share": rate / top["gemm"] if rate else None,
+        "notes": notes,
+    }
