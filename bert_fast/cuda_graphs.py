@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ import torch
 
 from bert_fast.kernels.runtime import dependent_launches
 
-DEPENDENT_ROWS = 128  # up to here kernels are so short that starting them is a good part of their time
 T = TypeVar("T")
 _capturing = threading.Lock()  # one capture at a time in the process: each pauses the garbage collector
 
@@ -31,9 +31,17 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def launch_mode(device: torch.device, rows: int) -> AbstractContextManager[Any]:
-    """How kernels are launched in the warm-up and the capture of a forward of `rows` rows: dependently where few."""
-    return dependent_launches(device) if rows <= DEPENDENT_ROWS else contextlib.nullcontext()
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for captures that nobody else is handed; its context must be current.
+
+    torch's own are 32 a device, given out in turns: another thread that got the same one would have its kernels
+    captured instead of run. Non-blocking, since work on the default stream must not touch a capture. Never destroyed.
+    """
+    stream, non_blocking = ctypes.c_void_p(), 1
+    status = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(stream), non_blocking)
+    if status:
+        raise RuntimeError(f"cuStreamCreate: error {status}")
+    return torch.cuda.ExternalStream(stream.value, device=device)
 
 
 class CudaGraph:
@@ -53,7 +61,7 @@ class CudaBackend:
         self._pool: Any = None
         self._alive: WeakSet[CudaGraph] = WeakSet()
         # An event, not the stream: by now that stream may be gone, or under somebody's capture.
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self._last: torch.cuda.Event | None = None
 
     def guard(self) -> AbstractContextManager[Any]:
         if torch.cuda.current_device() == self.device.index:
@@ -67,57 +75,64 @@ class CudaBackend:
 
     def begin(self) -> torch.cuda.Stream:
         stream = torch.cuda.current_stream()
-        if self._last is not None and self._last[0] != stream:
-            stream.wait_event(self._last[1])
+        if self._last is not None:
+            stream.wait_event(self._last)
         return stream
 
     def end(self, stream: torch.cuda.Stream, graph: CudaGraph) -> None:
         graph.done.record(stream)
-        self._last = (stream, graph.done)
+        self._last = graph.done
 
     def replay(self, graph: CudaGraph) -> None:
         graph.graph.replay()
 
     def finished(self, graph: CudaGraph) -> bool:
-        return graph.done.query()
+        try:
+            return graph.done.query()
+        except RuntimeError:  # another thread is in a capture that forbids asking
+            return False
 
-    def capture(self, run: Callable[[], T], rows: int) -> tuple[CudaGraph, T]:
+    def capture(self, run: Callable[[], T], dependent: bool) -> tuple[CudaGraph, T]:
         """Capture `run` after one run outside, which compiles its kernels; nothing waits for the device.
 
-        On a stream where nothing ever runs, so that cuBLAS takes the capture's workspace from the pool: one that an
-        earlier run had made could be taken away by whoever clears cuBLAS's workspaces (torch.compile does).
+        A new pool has a new stream, where nothing ever ran, so that cuBLAS takes the captures' workspace from the pool:
+        one that an earlier run had made could be taken away by whoever clears cuBLAS's workspaces (torch.compile does).
         """
         if not self._alive:  # a pool ends with its last graph and cannot be entered again
-            self._pool = torch.cuda.graph_pool_handle()
-        self._side = self._side or torch.cuda.Stream(self.device)
-        graph = CudaGraph()
-        with _capturing, _no_garbage_collection(), launch_mode(self.device, rows):
+            self._pool, self._side = torch.cuda.graph_pool_handle(), _own_stream(self.device)
+        graph, side, current = CudaGraph(), self._side, torch.cuda.current_stream()
+        assert side is not None
+        with dependent_launches(self.device) if dependent else contextlib.nullcontext():
             run()
-            with torch.cuda.stream(self._side):
-                graph.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            with _capturing, _no_garbage_collection(), torch.cuda.stream(side):
+                # torch resets a generator that all graphs share, on this stream: not under somebody's running graph
+                side.wait_stream(current)
                 try:
-                    outputs = run()
-                finally:
-                    self._end_capture(graph)
+                    graph.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                    try:
+                        outputs = run()
+                    finally:
+                        graph.graph.capture_end()
+                except Exception:
+                    self._repair()
+                    raise
+        current.wait_stream(side)
         self._alive.add(graph)
         return graph, outputs
 
-    def _end_capture(self, graph: CudaGraph) -> None:
-        try:
-            graph.graph.capture_end()
-        except Exception:
-            # torch leaves its allocator in the capture then; where it did not, these raise and nothing is to be done
-            with contextlib.suppress(Exception):
-                torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
-                torch._C._cuda_releasePool(self.device.index, self._pool)
-            # and, in some versions, its random numbers, which nobody could draw any more: a capture that succeeds
-            # takes them out of it
-            with contextlib.suppress(Exception):
-                x, other = torch.zeros(1, device=self.device), torch.cuda.CUDAGraph()
-                other.capture_begin(capture_error_mode="thread_local")
-                x.zero_()
-                other.capture_end()
-            raise
+    def _repair(self) -> None:
+        """After a failed capture: torch may be left in it. The pool is not entered again; graphs in it stay good."""
+        self._alive = WeakSet()
+        # its allocator; where it is not in the capture, the first of these raises and nothing is to be done
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            torch._C._cuda_releasePool(self.device.index, self._pool)
+        # and its random numbers, which nobody could draw any more: a capture that succeeds takes them out of it
+        with contextlib.suppress(Exception), torch.cuda.stream(_own_stream(self.device)):
+            x, other = torch.zeros(1, device=self.device), torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode="thread_local")
+            x.zero_()
+            other.capture_end()
 
     def pool_bytes(self) -> int:
         if not self._alive:

@@ -37,6 +37,8 @@ MAX_GRAPHS = 12  # a model; six batch sizes at two lengths, a server's usual mix
 MAX_ROWS = 8192  # of a bucket; from there on the GPU is slower than the launching thread
 MAX_OUTPUT_BYTES = 64 * 2**20  # of a bucket; copying them out would cost more than launching
 MAX_DEVICE_BYTES = 2**30  # inputs and outputs of all graphs of a device; the rest of the pool is shared
+DEPENDENT_ROWS = 128  # up to here kernels are so short that starting them is a good part of their time
+MAX_FAILURES = 3  # captures of a bucket that fail until it launches directly for ever; memory may be short for a while
 MIN_LENGTH = 32  # shorter sequences would only add buckets: rows outside the batch are not computed
 
 
@@ -47,7 +49,7 @@ class Backend(Protocol):
     def unavailable(self) -> str | None: ...  # why nothing can be replayed right now
     def begin(self) -> Any: ...  # the current stream; what follows on it comes after the last `end`
     def end(self, stream: Any, graph: Any) -> None: ...
-    def capture(self, run: Callable[[], Encoded], rows: int) -> tuple[Any, Encoded]: ...  # with the static outputs
+    def capture(self, run: Callable[[], Encoded], dependent: bool) -> tuple[Any, Encoded]: ...  # with static outputs
     def replay(self, graph: Any) -> None: ...
     def finished(self, graph: Any) -> bool: ...  # the device is done with it, without waiting
     def pool_bytes(self) -> int: ...
@@ -161,6 +163,7 @@ class _Entry:
     def copy_in(self, call: Call) -> None:
         B, S = call.B, call.S
         if (B, S) != self._true:
+            self._true = (0, 0)  # whatever interrupts what follows
             self.shape[0].fill_(B)  # numbers travel inside the launch: no copy from the host to wait for
             self.shape[1].fill_(S)
             self._true, self._views = (B, S), ([x[:B, :S] for x in self.inputs], [])
@@ -223,8 +226,8 @@ class ModelGraphs:
         self.device = device
         self.entries: OrderedDict[Key, _Entry] = OrderedDict()
         self.sightings: dict[Key, int] = {}  # calls until its capture
-        self.evicted: dict[Key, int] = {}
-        self.refused: set[Key] = set()
+        self.put_off: dict[Key, int] = {}  # how often evicted, or not captured
+        self.failures: dict[Key, int] = {}
         device.owners.add(self)
 
     @property
@@ -235,13 +238,23 @@ class ModelGraphs:
         """True on the second sighting of a bucket; after evictions on the 4th, 8th..., so that capturing stays rare
         where more buckets are in use than there may be graphs."""
         seen = self.sightings[key] = self.sightings.get(key, 0) + 1
-        return seen >= 2 << self.evicted.get(key, 0)
+        return seen >= 2 << self.put_off.get(key, 0)
+
+    def refused(self, key: Key) -> bool:
+        return self.failures.get(key, 0) >= MAX_FAILURES
+
+    def _put_off(self, key: Key) -> None:
+        self.sightings[key] = 0
+        self.put_off[key] = self.put_off.get(key, 0) + 1
+
+    def failed(self, key: Key) -> None:
+        self.failures[key] = self.failures.get(key, 0) + 1
+        self._put_off(key)
 
     def drop_oldest(self) -> None:
         key, entry = self.entries.popitem(last=False)
         self.device.retired.append(entry)
-        self.sightings[key] = 0
-        self.evicted[key] = self.evicted.get(key, 0) + 1
+        self._put_off(key)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if is_finalizing():
@@ -301,10 +314,13 @@ def _capture(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) -
         entry.nbytes = nbytes
         entry.copy_in(call)  # the warm-up runs on real input
         try:
-            entry.graph, entry.static = device.backend.capture(run, key.B * key.S)
+            dependent = key.B * key.S <= DEPENDENT_ROWS and key not in graphs.failures
+            entry.graph, entry.static = device.backend.capture(run, dependent)
         except Exception as error:
-            graphs.refused.add(key)
-            logger.warning("no CUDA graph for %d x %d, which launches directly: %s", key.B, key.S, error)
+            graphs.failed(key)
+            what = "which launches directly" if graphs.refused(key) else "which launches directly for now"
+            # the text alone: a record with the exception would keep the whole model alive
+            logger.warning("no CUDA graph for %d x %d, %s: %s", key.B, key.S, what, str(error))
             return None
     graphs.entries[key] = entry
     return entry
@@ -329,7 +345,7 @@ def replayed(model: torch.nn.Module, snapshot: Snapshot, call: Call) -> Encoded 
                 graphs = snapshot.graphs = ModelGraphs(device)
             entry = graphs.entries.get(key)
             if entry is None:
-                if key in graphs.refused or _too_large(model, key, snapshot.dtype.itemsize) or not graphs.is_due(key):
+                if graphs.refused(key) or _too_large(model, key, snapshot.dtype.itemsize) or not graphs.is_due(key):
                     return None
                 entry = _capture(model, snapshot, key, call)
                 if entry is None:
@@ -353,7 +369,7 @@ def plan(model: torch.nn.Module, snapshot: Snapshot, call: Call) -> str:
         if graphs is not None:
             if key in graphs.entries:
                 return f"replayed, bucket {bucket}"
-            if key in graphs.refused:
+            if graphs.refused(key):
                 reason = f"capturing bucket {bucket} failed"
         reason = reason or f"bucket {bucket} is captured when it has come more than once"
     return f"launched directly, {reason}"

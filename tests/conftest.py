@@ -25,6 +25,7 @@ if INTERPRETED and HAS_TRITON:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on CPU tensors")
+    config.addinivalue_line("markers", "unpoisoned: uninitialised memory is left as it is")
     # `poison` below makes torch say so of operations that are not part of a test's claim
     config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
     # numpy warns of exp2 overflowing and of log2(0), where inf is the right number
@@ -46,12 +47,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
+def poison(request: pytest.FixtureRequest) -> Iterator[None]:
     """Uninitialised memory holds NaN, integers their largest value: what a kernel fails to write shows.
 
     Done by torch itself in the allocation, so it reaches new_empty, empty_like and the temporaries of torch's own
     operators, on the CPU and the GPU.
     """
+    if request.node.get_closest_marker("unpoisoned"):
+        yield
+        return
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -34,6 +34,7 @@ class FakeBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.captures = self.replays = self.running = 0
+        self.asked: list[bool] = []  # of every capture, whether with dependent launches
         self.idle = self.busy = self.broken = False
         self.capturing_elsewhere: str | None = None
 
@@ -50,7 +51,8 @@ class FakeBackend:
     def end(self, stream: None, graph: FakeGraph) -> None:
         self.running -= 1
 
-    def capture(self, run: Any, rows: int) -> tuple[FakeGraph, Encoded]:
+    def capture(self, run: Any, dependent: bool) -> tuple[FakeGraph, Encoded]:
+        self.asked.append(dependent)
         run()  # the warm-up
         if self.broken:
             raise RuntimeError("operation not permitted when stream is capturing")

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from fake_graphs import alive, directly
-from helpers import FIRST_TOKEN_HEADS, MASK_KINDS, assert_close_fp32, head_inputs, model_inputs, pair, ragged_mask
+from helpers import (
+    FIRST_TOKEN_HEADS,
+    MASK_KINDS,
+    assert_close_fp32,
+    head_inputs,
+    model_inputs,
+    pair,
+    ragged_mask,
+    tensors_of,
+)
 
 import bert_fast
 from bert_fast import doctor, graphs
@@ -202,7 +211,7 @@ def test_memory_is_stable_and_given_back() -> None:
     kept.clear()
     gc.collect()
     torch.cuda.synchronize()
-    models(**WIDE)[1](**on_device(model_inputs(3, 11)))  # sweeps what the dead model left
+    models(dtype=torch.bfloat16, **WIDE)[1](**on_device(model_inputs(3, 11)))  # sweeps what the dead model left
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() < before[0]
 
@@ -225,6 +234,9 @@ def test_under_the_capture_of_someone_else() -> None:
 def test_a_capture_that_fails_leaves_torch_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait inside a capture ends it; the call's result is right all the same, and other captures go on working."""
     upstream, ours = models(**WIDE)
+    other = models(**WIDE)[1]  # its graph keeps the pool that the capture fails in
+    for _ in range(2):
+        kept = other(**on_device(model_inputs(2, 11)))
     encode = graphs.encode
 
     def waits(*args: Any) -> Any:
@@ -243,4 +255,25 @@ def test_a_capture_that_fails_leaves_torch_usable(monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         inputs = on_device(model_inputs(1, 11, "holes"))
         assert_close_fp32(ours(**inputs), upstream(**inputs), factor=FACTOR)
-    assert alive(ours) == 1
+    assert alive(ours) == alive(other) == 1
+    assert_close_fp32(other(**on_device(model_inputs(2, 11))), kept, factor=FACTOR)
+
+
+@pytest.mark.unpoisoned  # a fill after every allocation would keep any two of our kernels apart
+@pytest.mark.parametrize("flags", [{}, FLAGS], ids=["plain", "all"])
+def test_dependent_launches(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that start while the one before ends: the same bits as without, many times, beside other work."""
+    sizes = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=4, **WIDE)
+    dependent, plain = (models(dtype=torch.bfloat16, **sizes)[1] for _ in range(2))
+    shapes = [on_device(model_inputs(B, S, "holes", seed=B, **flags)) for B, S in ((3, 20), (4, 32), (3, 31))]
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "DEPENDENT_ROWS", 0)
+        wanted = [[tensors_of(plain(**inputs)) for inputs in shapes] for _ in range(2)][-1]
+    assert alive(plain) == 1
+    x, side = torch.randn(4096, 4096, device=DEVICE), torch.cuda.Stream()
+    for i in range(300):
+        with torch.cuda.stream(side):
+            x = (x @ x).tanh_()
+        got = tensors_of(dependent(**shapes[i % 3]))
+        if i > 0:  # the first call is launched directly, with tiles of its own
+            assert all(torch.equal(t, wanted[i % 3][name]) for name, t in got.items() if t.numel()), i
