@@ -201,6 +201,8 @@ def layer_reason(layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
         return f"{path}.attention.self is causal or has heads that do not make up the hidden size"
     if own.attention_head_size > MAX_HEAD_DIM:
         return f"{path}.attention.self has head_dim {own.attention_head_size}, the kernels take up to {MAX_HEAD_DIM}"
+    if not isinstance(own.scaling, (int, float)) or not own.scaling > 0:
+        return f"{path}.attention.self has scaling {own.scaling}, the kernels take numbers above 0"
     wide = getattr(inter.dense, "out_features", 0)
     return _parts_reason(
         path,

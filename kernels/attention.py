@@ -14,13 +14,25 @@ context of zeros (its sdpa). Never NaN.
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import torch
 import torch.nn.functional as F
 
 from bert_fast.kernels.configs import TileConfig, choose
 from bert_fast.kernels.pack import padded_rows, positions
 from bert_fast.kernels.registry import register
-from bert_fast.kernels.runtime import capability, ceil_div, device_guard, dot_precision, next_power_of_2, tl, triton
+from bert_fast.kernels.runtime import (
+    capability,
+    ceil_div,
+    device_guard,
+    dot_precision,
+    follow_previous,
+    launch_options,
+    next_power_of_2,
+    tl,
+    triton,
+)
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -41,8 +53,7 @@ def attention_ref(
     S, D = T // B, qkv.shape[1] // (3 * heads)
     rows, is_row = padded_rows(cu_seqlens, S, T)
     q, k, v = (
-        torch.where(is_row[:, :, None, None], x[rows], 0.0).transpose(1, 2)
-        for x in qkv.view(T, 3, heads, D).unbind(1)
+        torch.where(is_row[:, :, None, None], x[rows], 0.0).transpose(1, 2) for x in qkv.view(T, 3, heads, D).unbind(1)
     )
     scores = q @ k.transpose(2, 3) * scale
     if bias is not None:
@@ -70,13 +81,21 @@ def attention_ref(
     return context, probs, lse_rows
 
 
+# Of a program, for all blocks of keys. K and V of the sequence's first row lie k_off and v_off from ptr; offsets within
+# a block have 32 bits: a moving block of pointers would cost twice the registers.
+Keys = namedtuple(
+    "Keys", "ptr k_off v_off stride_t full kv_len cols k_offsets v_offsets d_mask bias_ptr bias_offsets stride_bias_k"
+)
+# Where a program's probabilities go: to ptr + row_offsets + the key's position, found through token_ptr. The sequence's
+# rows begin at `start`, its tokens at first_token; in the map, those of its tokens that are no row are at `dropped`.
+Probs = namedtuple("Probs", "ptr row_offsets row_mask token_ptr start first_token S q_len dropped")
+
+
 @triton.jit
 def _load(ptrs, key_mask, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
     """A block of keys, values or bias, masked only where needed; then 0, since 0 * undefined memory may be NaN."""
-    if MASK_KEYS and MASK_D:
-        x = tl.load(ptrs, mask=key_mask & d_mask, other=0.0)
-    elif MASK_KEYS:
-        x = tl.load(ptrs, mask=key_mask, other=0.0)
+    if MASK_KEYS:
+        x = tl.load(ptrs, mask=key_mask & d_mask if MASK_D else key_mask, other=0.0)
     elif MASK_D:
         x = tl.load(ptrs, mask=d_mask, other=0.0)
     else:
@@ -86,123 +105,111 @@ def _load(ptrs, key_mask, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr)
 
 @triton.jit
 def _scores(
-    q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
-    HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+    q, n, keys, scale, HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Scores of one key block; in units of ln 2 (scale carries log2(e)), with a bias in natural units."""
-    cols = n + n_cols
-    k = _load(k_ptrs, cols[None, :] < kv_len, d_mask[:, None], MASK_KEYS, MASK_D)
-    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    """Of the key block at n: q . k, which `_exp` scales; with a bias scale * q . k + bias."""
+    cols = n + keys.cols
+    is_key = cols[None, :] < keys.kv_len
+    k_ptrs = keys.ptr + n * keys.stride_t + keys.k_offsets + keys.k_off
+    s = tl.dot(q, _load(k_ptrs, is_key, keys.d_mask[:, None], MASK_KEYS, MASK_D), input_precision=PRECISION)
     if HAS_BIAS:
-        bias_ptrs = bias_ptr + (bias_offsets + cols[None, :] * stride_bias_k)
-        # a bias of finfo.min must not overflow when all keys have it, so it is not folded into base 2
-        s += _load(bias_ptrs, cols[None, :] < kv_len, d_mask, MASK_KEYS, False).to(tl.float32)
+        bias_ptrs = keys.bias_ptr + (keys.bias_offsets + cols[None, :] * keys.stride_bias_k)
+        s = s * scale + _load(bias_ptrs, is_key, is_key, MASK_KEYS, False).to(tl.float32)
     if MASK_KEYS:
-        s = tl.where(cols[None, :] < kv_len, s, float("-inf"))
+        s = tl.where(is_key, s, float("-inf"))
     return s
 
 
 @triton.jit
-def _exp(x, HAS_BIAS: tl.constexpr):
-    return tl.math.exp2(x * LOG2E) if HAS_BIAS else tl.math.exp2(x)
+def _values(n, keys, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
+    v_ptrs = keys.ptr + n * keys.stride_t + keys.v_offsets + keys.v_off
+    return _load(v_ptrs, (n + keys.cols)[:, None] < keys.kv_len, keys.d_mask[None, :], MASK_KEYS, MASK_D)
 
 
 @triton.jit
-def _safe_max(row_max, HAS_BIAS: tl.constexpr):
-    """Only a bias can make every score of a row -inf so far; then exp(-inf - 0) = 0 where -inf - -inf is NaN."""
-    return tl.where(row_max == float("-inf"), 0.0, row_max) if HAS_BIAS else row_max
+def _exp(s, shift, scale, HAS_BIAS: tl.constexpr):
+    """2^(scale * s - shift): one multiply-add an element. With a bias e^(s - shift): finfo.min * log2(e) overflows."""
+    return tl.math.exp2((s - shift) * LOG2E) if HAS_BIAS else tl.math.exp2(s * scale - shift)
 
 
 @triton.jit
-def _online_step(
-    acc, row_max, row_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
-    HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+def _softmax_pass(
+    q, keys, scale, WITH_V: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    new_max = tl.maximum(row_max, tl.max(s, 1))
-    safe_max = _safe_max(new_max, HAS_BIAS)
-    p = _exp(s - safe_max[:, None], HAS_BIAS)
-    alpha = _exp(row_max - safe_max, HAS_BIAS)
-    row_sum = row_sum * alpha + tl.sum(p, 1)
-    v = _load(v_ptrs, (n + n_cols)[:, None] < kv_len, d_mask[None, :], MASK_KEYS, MASK_D)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
-
-
-@triton.jit
-def _sum_step(
-    row_max, row_sum, q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
-    HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    new_max = tl.maximum(row_max, tl.max(s, 1))
-    safe_max = _safe_max(new_max, HAS_BIAS)
-    row_sum = row_sum * _exp(row_max - safe_max, HAS_BIAS) + tl.sum(_exp(s - safe_max[:, None], HAS_BIAS), 1)
-    return new_max, row_sum
-
-
-@triton.jit
-def _probs_step(
-    acc, shift, inv_sum, q, k_ptrs, v_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale,
-    probs_ptr, row_offsets, row_mask, key_token_ptr, first_token,
-    MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Probabilities of one key block to memory, and their share of P V."""
-    s = _scores(q, k_ptrs, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    p = _exp(s - shift[:, None], HAS_BIAS)
-    p *= inv_sum[:, None]
-    p = p.to(probs_ptr.dtype.element_ty)
-    cols = n + n_cols
-    at = cols
-    if MAPPED:
-        at = tl.load(key_token_ptr + cols, mask=cols < kv_len, other=0) - first_token
-    if MASK_KEYS:
-        row_mask = row_mask & (cols < kv_len)[None, :]
-    tl.store(probs_ptr + (row_offsets + at[None, :]), p, mask=row_mask)
-    v = _load(v_ptrs, (n + n_cols)[:, None] < kv_len, d_mask[None, :], MASK_KEYS, MASK_D)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _store_zeros(probs_ptr, row_offsets, first, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED: tl.constexpr, BLOCK_N: tl.constexpr):  # noqa: E501  # fmt: skip
-    """Zeros into columns `first`.. of the rows: padding keys, and keys that are no row."""
-    zero = tl.zeros((1, BLOCK_N), probs_ptr.dtype.element_ty)
-    for n in range(first, S, BLOCK_N):
-        cols = n + n_cols
-        at = cols
-        if MAPPED:
-            place = tl.where(cols < q_len, start + cols, dropped + cols - q_len)
-            at = tl.load(token_ptr + place, mask=cols < S, other=0) - first_token
-        tl.store(probs_ptr + (row_offsets + at[None, :]), zero, mask=row_mask & (cols < S)[None, :])
+    """Over all keys: WITH_V exponentials times V; maximum of the scaled scores; sum of the exponentials."""
+    acc = tl.zeros(q.shape, tl.float32)
+    row_max = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    row_sum = tl.zeros((q.shape[0],), tl.float32)
+    # Blocks below `full` need no mask. The last one is a loop of one round without a pipeline: as straight code its
+    # loads were hoisted above all that precedes them, and registers spilled.
+    for MASK_KEYS in tl.static_range(2):
+        first, last = (keys.full, keys.kv_len) if MASK_KEYS else (0, keys.full)
+        for n in tl.range(first, last, keys.cols.shape[0], num_stages=1 if MASK_KEYS else None):
+            s = _scores(q, n, keys, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)
+            new_max = tl.max(s, 1) if HAS_BIAS else tl.max(s, 1) * scale  # scale > 0
+            new_max = tl.maximum(row_max, new_max)
+            # only a bias can make every score of a row -inf so far; then e^(-inf - 0) = 0 where -inf - -inf is NaN
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max) if HAS_BIAS else new_max
+            p = _exp(s, shift[:, None], scale, HAS_BIAS)
+            alpha = _exp(row_max, shift, 1.0, HAS_BIAS)
+            row_sum = row_sum * alpha + tl.sum(p, 1)
+            if WITH_V:
+                v = _values(n, keys, MASK_KEYS, MASK_D)
+                acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            row_max = new_max
+    return acc, row_max, row_sum
 
 
 @triton.jit
 def _probs_pass(
-    acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets,
-    stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr, start, q_len, dropped,
-    first_token, S, MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    acc, shift, inv_sum, q, keys, scale, probs, MAPPED: tl.constexpr, FOLDED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Second pass over the keys: every column of the rows is stored, in place or (MAPPED) at its token's position."""
-    for n in range(0, full, BLOCK_N):
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
-        acc = _probs_step(acc, shift, inv_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr + start, first_token, MAPPED, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-    _store_zeros(probs_ptr, row_offsets, kv_len, S, row_mask, token_ptr, start, q_len, dropped, first_token, n_cols, MAPPED, BLOCK_N)  # noqa: E501  # fmt: skip
+    """Again over all keys: every column of the rows is stored, in place or (MAPPED) where its token is; and P V."""
+    for MASK_KEYS in tl.static_range(2):
+        first, last = (keys.full, keys.kv_len) if MASK_KEYS else (0, keys.full)
+        for n in tl.range(first, last, keys.cols.shape[0], num_stages=1 if MASK_KEYS else None):
+            s = _scores(q, n, keys, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)
+            p = _exp(s, shift[:, None], scale, HAS_BIAS)
+            if not FOLDED:
+                p *= inv_sum[:, None]
+            p = p.to(probs.ptr.dtype.element_ty)
+            cols = n + keys.cols
+            at = cols
+            if MAPPED:
+                at = tl.load(probs.token_ptr + probs.start + cols, mask=cols < keys.kv_len, other=0) - probs.first_token
+            mask = probs.row_mask & (cols < keys.kv_len)[None, :] if MASK_KEYS else probs.row_mask
+            tl.store(probs.ptr + (probs.row_offsets + at[None, :]), p, mask=mask)
+            v = _values(n, keys, MASK_KEYS, MASK_D)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    _store_zeros(probs, keys.kv_len, probs.row_mask, keys.cols, MAPPED)
     return acc
+
+
+@triton.jit
+def _store_zeros(probs, first, row_mask, block_cols, MAPPED: tl.constexpr):
+    """Zeros into columns `first`.. of the rows: padding keys, and keys that are no row."""
+    zero = tl.zeros((1, block_cols.shape[0]), probs.ptr.dtype.element_ty)
+    for n in range(first, probs.S, block_cols.shape[0]):
+        cols = n + block_cols
+        at = cols
+        if MAPPED:
+            place = tl.where(cols < probs.q_len, probs.start + cols, probs.dropped + cols - probs.q_len)
+            at = tl.load(probs.token_ptr + place, mask=cols < probs.S, other=0) - probs.first_token
+        tl.store(probs.ptr + (probs.row_offsets + at[None, :]), zero, mask=row_mask & (cols < probs.S)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def _attention_kernel(
     qkv_ptr, stride_t, bias_ptr, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     token_ptr, cu_seqlens_ptr, kv_len_ptr, prefix_ptr, out_ptr, probs_ptr, lse_ptr,
-    B, S, T, H, scale,
-    D: tl.constexpr,  # head_dim
+    B, S, T, kv_middle, scale,
+    H: tl.constexpr, D: tl.constexpr,  # heads and head_dim
     WANT_PROBS: tl.constexpr, UNIFORM_EMPTY: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head of one sequence against all its keys."""
+    follow_previous(PDL)
     MASK_D: tl.constexpr = BLOCK_D != D
     tiles_m = tl.cdiv(S, BLOCK_M)
     pid_m = tl.program_id(0) % tiles_m
@@ -214,73 +221,63 @@ def _attention_kernel(
         if pid_m * BLOCK_M >= q_len:
             return
     kv_len = tl.load(kv_len_ptr + b)
-    if UNIFORM_EMPTY:  # scores of 0 over all S keys; such a sequence keeps all its rows
-        scale = tl.where(kv_len == 0, 0.0, scale)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    query_mask = rows < q_len
+    if UNIFORM_EMPTY:  # scores of 0, those of a query of zeros, over all rows
+        query_mask &= kv_len > 0
         kv_len = tl.where(kv_len == 0, q_len, kv_len)
     if WANT_PROBS:  # a tile of no rows has only zeros to store
         kv_len = tl.where(pid_m * BLOCK_M < q_len, kv_len, 0)
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    n_cols = tl.arange(0, BLOCK_N)
     d_mask = d < D
-    row_offsets = (start + rows).to(tl.int64) * stride_t
-    q_ptrs = qkv_ptr + row_offsets[:, None] + (h * D + d)[None, :]
-    q_mask = (rows < q_len)[:, None] & d_mask[None, :] if MASK_D else (rows < q_len)[:, None]
-    q = tl.load(q_ptrs, mask=q_mask, other=0.0)
-    base = qkv_ptr + start.to(tl.int64) * stride_t + h * D
-    # One scalar pointer and offsets of 32 bits: a moving block of pointers would cost twice the registers.
-    k_ptr = base + H * D
-    v_ptr = base + 2 * H * D
-    k_offsets = n_cols[None, :] * stride_t + d[:, None]
-    v_offsets = n_cols[:, None] * stride_t + d[None, :]
-    bias_offsets = 0
+    q_ptrs = qkv_ptr + (start + rows).to(tl.int64)[:, None] * stride_t + (h * D + d)[None, :]
+    q = tl.load(q_ptrs, mask=query_mask[:, None] & d_mask[None, :] if MASK_D else query_mask[:, None], other=0.0)
+    bias_offsets = (tl.minimum(rows, S - 1) * stride_bias_q)[:, None]
     if HAS_BIAS:
         bias_ptr += b.to(tl.int64) * stride_bias_b + h.to(tl.int64) * stride_bias_h
-        bias_offsets = (tl.minimum(rows, S - 1) * stride_bias_q)[:, None]
     else:
         scale *= LOG2E  # exp2 is the hardware's exponential
-    # Key blocks below `full` need no mask. The last one is a loop of one round without a pipeline: as straight code its
-    # loads were hoisted above all that precedes them, and registers spilled.
+    # K lies HALF before `ptr` and V the rest of H * D behind it: constants within the reach of the copies' immediate
+    # offsets, so that K and V share an address. How far `ptr` is from qkv_ptr is no constant, lest they be added up.
+    HALF: tl.constexpr = H * D // 32 * 16
+    ptr = qkv_ptr + start.to(tl.int64) * stride_t + h * D + kv_middle
+    cols = tl.arange(0, BLOCK_N)
+    k_offsets = cols[None, :] * stride_t + d[:, None]
+    v_offsets = cols[:, None] * stride_t + d[None, :]
     full = kv_len // BLOCK_N * BLOCK_N
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if WANT_PROBS:
-        for n in range(0, full, BLOCK_N):
-            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-        for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
-            row_max, row_sum = _sum_step(row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-        inv_sum = 1.0 / tl.where(row_sum > 0, row_sum, 1.0)
-        # not row_max + log2(row_sum): its rounding would scale a whole row of probabilities
-        shift = tl.where(row_sum > 0, row_max, 0.0)
-        first_token = b * S
-        dropped = tl.load(cu_seqlens_ptr + B) + first_token - start
-        row_is_token = tl.where(rows < q_len, start + rows, dropped + rows - q_len)
-        at = tl.load(token_ptr + row_is_token, mask=rows < S, other=0) - first_token
-        probs_ptr += (b * H + h).to(tl.int64) * S * S
-        row_offsets = (at * S)[:, None]
-        row_mask = (rows < q_len)[:, None]
-        if tl.load(prefix_ptr + b) != 0:  # right padding: contiguous stores, no gather of positions
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr, start, q_len, dropped, first_token, S, False, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
-        else:
-            acc = _probs_pass(acc, shift, inv_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, stride_t, full, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, probs_ptr, row_offsets, row_mask, token_ptr, start, q_len, dropped, first_token, S, True, HAS_BIAS, MASK_D, PRECISION, BLOCK_N)  # noqa: E501  # fmt: skip
-        # the tokens that are no row: whole rows of zeros
-        if (pid_m + 1) * BLOCK_M > q_len:
-            _store_zeros(probs_ptr, row_offsets, 0, S, ((rows >= q_len) & (rows < S))[:, None], token_ptr, start, q_len, dropped, first_token, n_cols, False, BLOCK_N)  # noqa: E501  # fmt: skip
-    else:
-        for n in range(0, full, BLOCK_N):
-            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, False, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-        for n in tl.range(full, kv_len, BLOCK_N, num_stages=1):
-            acc, row_max, row_sum = _online_step(acc, row_max, row_sum, q, k_ptr + n * stride_t + k_offsets, v_ptr + n * stride_t + v_offsets, n, kv_len, bias_ptr, bias_offsets, stride_bias_k, n_cols, d_mask, scale, HAS_BIAS, True, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
-        acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    keys = Keys(
+        ptr, -HALF, H * D - HALF, stride_t, full, kv_len, cols, k_offsets, v_offsets, d_mask, bias_ptr, bias_offsets,
+        stride_bias_k,
+    )  # fmt: skip
+    acc, row_max, row_sum = _softmax_pass(q, keys, scale, not WANT_PROBS, HAS_BIAS, MASK_D, PRECISION)
     lse = row_max + tl.math.log2(row_sum) / LOG2E if HAS_BIAS else (row_max + tl.math.log2(row_sum)) / LOG2E
-    tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, tl.where(row_sum > 0, lse, float("-inf")), mask=rows < q_len)
+    tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, lse, mask=rows < q_len)
+    inv_sum = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)
+    if WANT_PROBS:
+        # The sum goes into the exponent only where its rounding, which scales a whole row, is below that of the output;
+        # and never next to a bias of finfo.min, which swallows it.
+        FOLDED: tl.constexpr = (not HAS_BIAS) and probs_ptr.dtype.element_ty != tl.float32
+        shift = row_max + tl.math.log2(row_sum) if FOLDED else tl.where(row_sum == 0, 0.0, row_max)
+        dropped = tl.load(cu_seqlens_ptr + B) + b * S - start
+        row_is_token = tl.where(rows < q_len, start + rows, dropped + rows - q_len)
+        at = tl.load(token_ptr + row_is_token, mask=rows < S, other=0) - b * S
+        probs_ptr += (b * H + h).to(tl.int64) * S * S
+        probs = Probs(probs_ptr, (at * S)[:, None], (rows < q_len)[:, None], token_ptr, start, b * S, S, q_len, dropped)
+        if tl.load(prefix_ptr + b) != 0:  # right padding: contiguous stores, no gather of positions
+            acc = _probs_pass(acc, shift, inv_sum, q, keys, scale, probs, False, FOLDED, HAS_BIAS, MASK_D, PRECISION)
+        else:
+            acc = _probs_pass(acc, shift, inv_sum, q, keys, scale, probs, True, FOLDED, HAS_BIAS, MASK_D, PRECISION)
+        if (pid_m + 1) * BLOCK_M > q_len:  # the tokens that are no row: whole rows of zeros
+            _store_zeros(probs, 0, ((rows >= q_len) & (rows < S))[:, None], cols, False)
+    else:
+        acc *= inv_sum[:, None]
     out_ptrs = out_ptr + (start + rows).to(tl.int64)[:, None] * (H * D) + (h * D + d)[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+    out_mask = (rows < q_len)[:, None] & d_mask[None, :] if MASK_D else (rows < q_len)[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def _check(
-    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, kv_len: torch.Tensor, heads: int
+    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, kv_len: torch.Tensor, heads: int, scale: float
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """B, S, T and head_dim."""
     T, B = token.shape[0], kv_len.shape[0]
@@ -291,6 +288,8 @@ def _check(
     D = qkv.shape[1] // (3 * heads)
     if D > MAX_HEAD_DIM:
         raise ValueError(f"attention: head_dim is {D}, expected at most {MAX_HEAD_DIM}")
+    if not scale > 0:  # the kernel takes the maximum of the scores before it scales them
+        raise ValueError(f"attention: scale is {scale}, expected a number above 0")
     if B < 1 or T % B:
         raise ValueError(f"attention: {T} tokens in {B} sequences, expected B * S")
     S = T // B
@@ -306,7 +305,7 @@ def attention_cpu(
     prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
 ) -> Triple:  # fmt: skip
     """torch's fused attention, all sequences at once where they are full, else one by one on their real rows."""
-    B, S, T, D = _check(qkv, bias, token, kv_len, heads)
+    B, S, T, D = _check(qkv, bias, token, kv_len, heads, scale)
     starts, keys = cu_seqlens.tolist(), kv_len.tolist()
     q, k, v = qkv.view(B, S, 3, heads, D).permute(2, 0, 3, 1, 4)
     lse, probs = qkv.new_empty(heads, T, dtype=torch.float32), qkv.new_empty(0)
@@ -360,7 +359,7 @@ def attention_triton(
     prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
     config: TileConfig | None = None,
 ) -> Triple:  # fmt: skip
-    B, S, T, D = _check(qkv, bias, token, kv_len, heads)
+    B, S, T, D = _check(qkv, bias, token, kv_len, heads, scale)
     out, probs, lse = _attention_fake(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, False)
     op = "attention_probs" if want_probs else "attention"
     config = config or choose(op, "dim<=64" if D <= 64 else "dim<=128", qkv.dtype, capability(qkv.device))
@@ -372,11 +371,11 @@ def attention_triton(
     with device_guard(qkv):
         _attention_kernel[(ceil_div(S, config.BLOCK_M) * B, heads)](
             qkv, qkv.stride(0), bias, *bias_strides, token, cu_seqlens, kv_len, prefix, out, probs, lse,
-            B, S, T, heads, scale, D=D,
+            B, S, T, heads * D + heads * D // 32 * 16, scale, H=heads, D=D,
             WANT_PROBS=want_probs, UNIFORM_EMPTY=uniform_empty, HAS_BIAS=bias is not None,
             PRECISION=dot_precision(qkv.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_D=max(16, next_power_of_2(D)),
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **config.register_limit(),
+            num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(), **config.register_limit(),
         )  # fmt: skip
     return out, probs, lse
 

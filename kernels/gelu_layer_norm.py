@@ -31,7 +31,8 @@ def _gelu_layer_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     x = tl.load(x_ptr + row * stride_x + cols, mask=cols < N, other=0.0).to(tl.float32)
-    h = activate(x, ACT, y_ptr.dtype.element_ty == tl.float32)  # every activation maps the padding zeros to zero
+    # exact: LayerNorm would magnify the polynomial's error in a row of little variance, and erf hides behind the memory
+    h = activate(x, ACT, True)  # every activation maps the padding zeros to zero
     y = _layer_norm(h, weight_ptr, bias_ptr, cols, N, eps)
     tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
 

@@ -34,6 +34,7 @@ SITUATIONS = {
     "a hook": (lambda m: m.encoder.layer[0].output.dense.register_forward_hook(lambda *_: None), "hook"),
     "a pre-hook": (lambda m: m.encoder.layer[0].register_forward_pre_hook(lambda *_: None), "hook"),
     "a backward hook": (lambda m: m.encoder.layer[0].register_full_backward_hook(lambda *_: None), "hook"),
+    "a negative scale": (lambda m: setattr(m.encoder.layer[0].attention.self, "scaling", -0.1), "scaling -0.1"),
     "float64": (lambda m: m.double(), "float64|dtype"),
     "one layer in bfloat16": (lambda m: m.encoder.layer[1].bfloat16(), "bfloat16|dtype"),
     "a custom activation": (

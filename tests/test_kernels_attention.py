@@ -11,9 +11,11 @@ import math
 import pytest
 import torch
 from kernel_cases import INF, NAN, assert_attention, biases, mask_of_every_kind, packed_args
-from kernel_helpers import BODIES, DTYPES
+from kernel_helpers import BODIES, DTYPES, body
 
+from bert_fast.kernels.attention import attention_ref
 from bert_fast.kernels.configs import TileConfig
+from bert_fast.kernels.pack import pack_ref
 
 SMALL = TileConfig(16, 16, 4, 2)
 SHAPES = (  # (S, head_dim, heads, tile)
@@ -48,6 +50,32 @@ def test_head_dims(name: str, D: int) -> None:
     mask = mask_of_every_kind(9)[1:4]
     for dtype, probs in ((torch.float32, False), (torch.float16, True)):
         assert_attention(name, packed_args(mask, D, 2, dtype, True, probs, False))
+
+
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("name", BODIES)
+def test_the_batch_in_a_larger_buffer(name: str, skip: bool, uniform: bool, probs: bool) -> None:
+    """`pack` with a true shape: the batch's own result whatever lies around it, zero probabilities there."""
+    B, S, wide_B, wide_S, D, H = 5, 19, 8, 32, 8, 2
+    mask = mask_of_every_kind(S)
+    args = packed_args(mask, D, H, torch.float32, skip, probs, uniform)
+    buffer = torch.ones(wide_B, wide_S)
+    buffer[:B, :S] = mask
+    maps = pack_ref(buffer, skip, torch.tensor([B, S], dtype=torch.int32))
+    n = int(maps[1][-1])
+    assert n == args[3][-1]
+    qkv = torch.full((wide_B * wide_S, 3 * H * D), NAN)
+    qkv[:n] = args[0][:n]
+    context, weights, lse = assert_attention(name, (qkv, None, *maps, *args[6:]), SMALL)
+    truth = attention_ref(*args)
+    torch.testing.assert_close(context[:n], truth[0][:n])
+    torch.testing.assert_close(lse[:, :n], truth[2][:, :n])
+    if probs:
+        torch.testing.assert_close(weights[:B, :, :S, :S], truth[1])
+        assert weights[B:].count_nonzero() == weights[:, :, S:].count_nonzero() == 0
+        assert weights[:, :, :, S:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -114,11 +142,12 @@ def test_bias_of_another_dtype(name: str) -> None:
         assert_attention(name, args, SMALL)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("probs", [False, True])
 @pytest.mark.parametrize("name", BODIES)
-def test_large_scores(name: str, probs: bool) -> None:
+def test_large_scores(name: str, probs: bool, dtype: torch.dtype) -> None:
     """Scores of several hundred, rising along the keys: the running maximum moves in every block."""
-    args = list(packed_args(mask_of_every_kind(33), 8, 1, torch.float32, True, probs, False))
+    args = list(packed_args(mask_of_every_kind(33), 8, 1, dtype, True, probs, False))
     n = int(args[3][-1])
     args[0][:n, :16] = args[0][:n, :16].abs() * torch.linspace(1, 10, n)[:, None]
     assert_attention(name, tuple(args), SMALL)
@@ -132,3 +161,22 @@ def test_strided_qkv_and_scale(name: str) -> None:
     wide[:, 20:80] = args[0]
     args[0], args[7] = wide[:, 20:80], 0.7
     assert_attention(name, tuple(args), SMALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.interpreter
+def test_scores_that_are_no_numbers(probs: bool, dtype: torch.dtype) -> None:
+    """An infinite or undefined number in a query or a key makes NaN what it makes NaN in the reference, and no more."""
+    args = packed_args(torch.ones(1, 40), 8, 1, dtype, False, probs, False)
+    args[0][3, 0] = NAN  # a query
+    args[0][5, 2] = INF
+    args[0][:, 16:] = args[0][:, 16:].abs()
+    ours, truth = body("attention", "triton")(*args, SMALL), attention_ref(*args)
+    for x, y in zip(ours[: 1 + probs], truth, strict=False):
+        assert torch.equal(x.isnan(), y.isnan()) and 0 < y.isnan().sum() < y.numel()
+    args[0][21, 8:16] = -INF  # a key: scores of either infinity
+    args[0][:, :8] = args[0][:, :8].nan_to_num(1.0, 1.0).abs() * torch.where(torch.arange(40) < 20, 1, -1)[:, None]
+    ours, truth = body("attention", "triton")(*args, SMALL), attention_ref(*args)
+    for x, y in zip(ours[: 1 + probs], truth, strict=False):
+        assert torch.equal(x.isnan(), y.isnan()) and 0 < y.isnan().sum() < y.numel()
