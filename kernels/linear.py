@@ -37,6 +37,13 @@ def linear_cpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None
 ) -> torch.Tensor:
     check_linear("linear", x, [weight], [bias])
+    return product(x, weight, bias, n_rows)
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None
+) -> torch.Tensor:
+    """The CPU body on checked arguments."""
     rows = used_rows(x, n_rows)
     if rows == x.shape[0]:
         return F.linear(x, weight, bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bert_fast.kernels.activation import TORCH, check_activation
 from bert_fast.kernels.gemm import check_linear, gemm_triton
-from bert_fast.kernels.linear import linear_cpu, linear_ref
+from bert_fast.kernels.linear import linear_ref, product
 from bert_fast.kernels.registry import register
 
 
@@ -25,7 +25,8 @@ def linear_gelu_cpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None, act: str
 ) -> torch.Tensor:
     check_activation(act)
-    y = linear_cpu(x, weight, bias, n_rows)
+    check_linear("linear_gelu", x, [weight], [bias])
+    y = product(x, weight, bias, n_rows)
     rows = y if n_rows is None else y[: int(n_rows.item())]
     if act in ("gelu", "gelu_tanh"):  # in place: one buffer of T x N is the largest of the layer
         torch.ops.aten.gelu_(rows, approximate="none" if act == "gelu" else "tanh")
@@ -46,7 +47,6 @@ def _linear_gelu_cuda(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: torch.Tensor | None, act: str
 ) -> torch.Tensor:
     if x.dtype == torch.float32:  # as in linear: torch's own GEMM, all T rows
-        check_linear("linear_gelu", x, [weight], [bias])
         return linear_gelu_cpu(x, weight, bias, None, act)
     return linear_gelu_triton(x, weight, bias, n_rows, act)
 

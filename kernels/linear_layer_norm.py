@@ -15,13 +15,13 @@ import torch.nn.functional as F
 
 from bert_fast.kernels.configs import TileConfig
 from bert_fast.kernels.gemm import check_linear, gemm_triton
-from bert_fast.kernels.linear import linear_cpu, linear_ref
+from bert_fast.kernels.linear import linear_ref, product
 from bert_fast.kernels.registry import register
 from bert_fast.kernels.residual_layer_norm import (
     Pair,
+    add_and_norm,
     check,
     launch,
-    residual_layer_norm_cpu,
     residual_layer_norm_ref,
 )
 
@@ -45,7 +45,7 @@ def _check(
     norm_bias: torch.Tensor,
 ) -> None:  # fmt: skip
     check_linear("linear_layer_norm", x, [weight], [bias])
-    if residual.dtype != x.dtype or residual.dim() != 2 or tuple(residual.shape) != (x.shape[0], weight.shape[0]):
+    if residual.dtype != x.dtype or residual.shape != (x.shape[0], weight.shape[0]):
         raise ValueError(
             f"linear_layer_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected "
             f"{(x.shape[0], weight.shape[0])} {x.dtype}"
@@ -59,8 +59,8 @@ def linear_layer_norm_cpu(
     want_padded: bool,
 ) -> Pair:  # fmt: skip
     _check(x, weight, bias, residual, norm_weight, norm_bias)
-    y = linear_cpu(x, weight, bias, n_rows)
-    return residual_layer_norm_cpu(y, residual, norm_weight, norm_bias, eps, token, n_rows, want_rows, want_padded)
+    y = product(x, weight, bias, n_rows)
+    return add_and_norm(y, residual, norm_weight, norm_bias, eps, token, n_rows, want_rows, want_padded)
 
 
 def linear_layer_norm_triton(

@@ -108,7 +108,7 @@ def check_layer_norm(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)} and strides {x.stride()}, expected (T, N) with unit rows")
     for name, p in (("weight", weight), ("bias", bias)):
-        if tuple(p.shape) != (x.shape[1],) or p.device != x.device:
+        if p.shape != x.shape[1:] or p.device != x.device:
             raise ValueError(f"{op}: {name} is {tuple(p.shape)} on {p.device}, expected ({x.shape[1]},) on {x.device}")
 
 
@@ -127,8 +127,17 @@ def residual_layer_norm_cpu(
     token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
 ) -> Pair:  # fmt: skip
     check("residual_layer_norm", x, residual, weight, bias)
+    return add_and_norm(x, residual, weight, bias, eps, token, n_rows, want_rows, want_padded)
+
+
+def add_and_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    token: torch.Tensor | None, n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+) -> Pair:  # fmt: skip
+    """The CPU body on checked arguments."""
     n = used_rows(x, n_rows)
-    y = F.layer_norm(x[:n] + residual[:n], (x.shape[1],), weight, bias, eps)
+    h = x + residual if n == x.shape[0] else x[:n] + residual[:n]
+    y = F.layer_norm(h, weight.shape, weight, bias, eps)
     padded = to_padded(y, token, n) if want_padded else x.new_empty(0)
     if want_rows and n < x.shape[0]:
         rows = x.new_empty(x.shape)
