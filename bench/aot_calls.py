@@ -106,7 +106,7 @@ def to_stream(N: int, K: int, from_stream: bool) -> Call:
         of_residual = (sums, p, p) if from_stream else (None, None, None)
         linear_to_stream_triton(x, weight, p, residual, *of_residual, p, 1e-12, empty(1))
 
-    return Call("linear_to_stream", "bf16", f"{N}x{K}{' residual stream' * from_stream}", run)
+    return Call("linear_to_stream", "bf16", f"{N}x{K}{' from stream' * from_stream}", run)
 
 
 def end_of_stream(N: int, padded: bool) -> Call:
@@ -255,6 +255,8 @@ def calls() -> Iterator[Call]:
         yield from (to_stream(hidden, K, other) for K in (hidden, inner) for other in (True, False))
         yield from (end_of_stream(hidden, padded) for padded in (False, True))
     yield from (folded(1, 3072, 768, act) for act in acts[1:])
+    folds = (fold(3, 768, 768), folded(3, 768, 768), to_stream(768, 768, True), end_of_stream(768, True))
+    yield from (dependent(call) for call in folds)
     for rows in configs.ROW_CLASSES[:2]:  # the sizes that BertModel's graphs launch so
         for op, N in (("qkv_linear", 768), ("linear_gelu", 3072)):
             yield dependent(gemm(op, "bf16", rows, N, 768, acts[0] if op == "linear_gelu" else "none"))

@@ -17,11 +17,12 @@ import torch
 
 from bert_fast.demo import Tensors, Verdict, collect, judge, kept_positions, zero_dropped
 from bert_fast.explain import explanation
+from bert_fast.folded import folding
 
 from . import peers, timing
 from .peers import COMPILE, Models
 from .progress import Progress
-from .records import OURS
+from .records import FOLDED, OURS
 from .workloads import Workload, flops, inputs_of, least_bytes
 
 
@@ -37,6 +38,7 @@ class Session:
     top: dict[str, float]  # ceilings
     bar: Progress
     models: Models
+    folded: bool = False  # time FOLDED beside OURS
     truth: torch.nn.Module | None = None  # half types are held against float64, fp32 against eager fp32 itself
     compiled_for: tuple = ()
     compiled: Any = None  # -> (calls, notes) of that workload
@@ -90,7 +92,12 @@ def upstream_reason(model: torch.nn.Module, arguments: dict[str, Any]) -> str | 
 
 
 def check(session: Session, work: Workload, inputs: dict, wanted: dict[str, bool]) -> list[Verdict]:
-    """The rule of bert_fast.demo over the outputs the workload asks for, logits of a head among them."""
+    """The rule of bert_fast.demo over the outputs the workload asks for, logits of a head among them.
+
+    Ours has been called twice before: where it is a CUDA graph that is timed, its replay is what is checked.
+    """
+    for _ in range(2):
+        session.models[OURS](**inputs, **wanted)
     kept = kept_positions(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])), work.padding)
 
     def outputs(model: torch.nn.Module, **flags: bool) -> Tensors:
@@ -124,6 +131,9 @@ def measure(session: Session, work: Workload) -> dict[str, Any]:
     else:
         try:
             verdicts = check(session, work, inputs, wanted)
+            if session.folded:
+                with folding(0):
+                    verdicts += check(session, work, inputs, wanted)
         except torch.OutOfMemoryError as problem:
             notes[OURS] = f"not checked: {timing.one_line(problem)}"
     if verdicts and all(v.ok for v in verdicts):
@@ -131,6 +141,8 @@ def measure(session: Session, work: Workload) -> dict[str, Any]:
         for name, model in models.items():
             if not (name == "sdpa" and "attentions" in work.outputs):
                 calls[name] = lambda m=model: m(**arguments)
+        if session.folded:
+            calls[FOLDED] = lambda: folded(models[OURS], arguments)
         if session.compile_left_s != float("-inf"):
             compiled, why = session.compile(work, arguments)
             calls, notes = compiled | calls, notes | why
@@ -142,6 +154,11 @@ def measure(session: Session, work: Workload) -> dict[str, Any]:
     return row(work, lengths, times, verdicts, counted, notes, session.top) | {"memory_mib": memory}
 
 
+def folded(model: torch.nn.Module, arguments: dict[str, Any]) -> object:
+    with folding(0):
+        return model(**arguments)
+
+
 def row(
     work: Workload,
     lengths: torch.Tensor,
@@ -151,7 +168,7 @@ def row(
     notes: dict[str, str],
     top: dict[str, float],
 ) -> dict[str, Any]:
-    others = {n: t.median for n, t in times.items() if n != OURS}
+    others = {n: t.median for n, t in times.items() if n not in (OURS, FOLDED)}
     best = min(others, key=others.__getitem__, default=None)
     ours = times[OURS].median if OURS in times else None
     rate = counted[0] / ours * 1e3 if ours else None

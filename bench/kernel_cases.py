@@ -20,6 +20,8 @@ from bert_fast.kernels.pack import pack
 
 OPS = ("pack", "embed_layer_norm", "qkv_linear", "attention", "linear", "residual_layer_norm", "linear_layer_norm")
 OPS += ("linear_gelu", "gelu_layer_norm", "first_rows", "first_token_attention", "pool")
+FOLDED_OPS = ("fold_vectors", "linear_to_stream", "folded_linear", "normalise")  # cases in folded_cases.py
+OPS += FOLDED_OPS
 NORM_EPS = 1e-12
 NORM_FLOPS = 8  # sum, centre, square and sum, scale, weight, bias: operations an element
 GELU_FLOPS = 8  # erf counted as 4
@@ -82,6 +84,11 @@ def cases(op: str, s: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
     def rand(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*size, generator=g) * scale).to(device=device, dtype=dtype)
 
+    if op in FOLDED_OPS:
+        from . import folded_cases  # which takes Case and Shape from here
+
+        yield from folded_cases.cases(op, s, device, dtype, rand)
+        return
     T, H, inner, e = s.rows, s.hidden, s.inner, dtype.itemsize
     if op in ("linear", "linear_gelu", "qkv_linear"):
         # e (T K + N K + T N) bytes, 2 T N K FLOP; qkv_linear is three of them over one x

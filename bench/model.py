@@ -19,7 +19,7 @@ from . import peers, records, timing
 from .forward import Session, measure
 from .peers import COMPILE
 from .progress import Progress
-from .records import OURS
+from .records import FOLDED, OURS
 from .workloads import SIZES, workloads
 
 COMPILE_BUDGET_S = {True: 180.0, False: 1500.0}  # quick -> seconds after which torch.compile is not tried again
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile too (default: on cuda, not on cpu)"
     )
+    parser.add_argument("--folded", action="store_true", help="also with LayerNorm folded, where no graph replays")
     parser.add_argument("--compile-budget", type=float, metavar="SECONDS", help="for all of torch.compile together")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/<device>-<model>-<date>.json")
 
@@ -58,13 +59,13 @@ def run(args: argparse.Namespace) -> int:
     with_compile = args.compile if args.compile is not None else not on_cpu
     budget = args.compile_budget if args.compile_budget is not None else COMPILE_BUDGET_S[args.quick]
     tried = {COMPILE + mode: None for w in works for mode in peers.modes(w, device, args.quick) if with_compile}
-    names = ["eager", "sdpa", *tried, OURS]
+    names = ["eager", "sdpa", *tried, *([FOLDED] if args.folded else []), OURS]
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), Progress(len(works), "bench model") as bar:
         top = timing.ceilings(device, dtype)
         bar.say(timing.say_ceilings(top) + "\n\n" + heading(names))
         left = budget if with_compile else float("-inf")
-        session = Session(size, device, dtype, args.quick, left, top, bar, {})
+        session = Session(size, device, dtype, args.quick, left, top, bar, {}, args.folded)
         loaded = None
         for work in works:
             if loaded != (loaded := work.model):

@@ -23,6 +23,7 @@ import torch
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "bert_fast"  # the provider that is this package's
+FOLDED = "folded"  # the same with LayerNorm folded into the products (bert_fast/folded.py)
 Record = dict[str, Any]
 
 

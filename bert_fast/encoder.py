@@ -75,6 +75,27 @@ def _embed(
     )  # fmt: skip
 
 
+def _attend(
+    own: nn.Module, qkv: torch.Tensor, p: Packing, want_attentions: bool, uniform_empty: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(context, probabilities) of one layer's self-attention."""
+    return attention(
+        qkv, p.bias, p.token, p.cu_seqlens, p.kv_len, p.prefix, own.num_attention_heads, own.scaling,
+        want_attentions, uniform_empty,
+    )[:2]  # fmt: skip
+
+
+def _encoded(
+    model: nn.Module, last: torch.Tensor, hidden: list[torch.Tensor], attentions: list[torch.Tensor], want_hidden: bool
+) -> Encoded:
+    """The outputs put together; `hidden` lacks the last layer's."""
+    if want_hidden:
+        hidden.append(last)
+    pooler = model.pooler
+    pooled = None if pooler is None else pool(last, pooler.dense.weight, pooler.dense.bias)
+    return Encoded(last, pooled, hidden, attentions)
+
+
 def _differentiable_context(qkv: torch.Tensor, probs: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Context (T, hidden) computed from the returned probabilities, so that they carry gradient as in eager."""
     B, heads, S, _ = probs.shape
@@ -165,10 +186,7 @@ def encode(
             rows, own.query.weight, own.key.weight, own.value.weight, own.query.bias, own.key.bias, own.value.bias,
             p.n_rows,
         )  # fmt: skip
-        context, probs, _ = attention(
-            qkv, p.bias, p.token, p.cu_seqlens, p.kv_len, p.prefix, own.num_attention_heads, own.scaling,
-            want_attentions, uniform_empty,
-        )  # fmt: skip
+        context, probs = _attend(own, qkv, p, want_attentions, uniform_empty)
         if want_attentions:
             attentions.append(probs)
             if through_returned and probs.requires_grad:
@@ -182,8 +200,4 @@ def encode(
         last = _first_tokens(layers[-1], rows, p, uniform_empty)[:, None]
     else:
         last = _padded(rows if p.identity else padded, p)
-    if want_hidden:
-        hidden.append(last)
-    pooler = model.pooler
-    pooled = None if pooler is None else pool(last, pooler.dense.weight, pooler.dense.bias)
-    return Encoded(last, pooled, hidden, attentions)
+    return _encoded(model, last, hidden, attentions, want_hidden)

@@ -27,6 +27,7 @@ from torch.utils._device import DeviceContext
 
 from bert_fast.cuda_graphs import CudaBackend
 from bert_fast.encoder import Encoded, encode
+from bert_fast.folded import encode_folded, folded_reason
 from bert_fast.kernels.runtime import next_power_of_2
 from bert_fast.packing import make_packing
 from bert_fast.snapshot import Snapshot, snapshots
@@ -89,11 +90,12 @@ class Call(NamedTuple):
     first_tokens_only: bool
 
 
-def run_directly(model: torch.nn.Module, call: Call, device: torch.device) -> Encoded:
+def run_directly(model: torch.nn.Module, call: Call, snapshot: Snapshot) -> Encoded:
     """The forward, launched op by op."""
-    uniform_empty = model.config._attn_implementation == "eager"
+    device, uniform_empty = snapshot.device, model.config._attn_implementation == "eager"
     packing = make_packing(call.attention_mask, call.B, call.S, device, call.skip, uniform_empty)
-    return encode(
+    run = encode_folded if folded_reason(model, packing, snapshot.dtype, device) is None else encode
+    return run(
         model, packing, call.input_ids, call.token_type_ids, call.position_ids, call.inputs_embeds, call.hidden,
         call.attentions, call.first_tokens_only,
     )  # fmt: skip

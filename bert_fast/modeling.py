@@ -127,7 +127,7 @@ class BertModel(_Fast, hf.BertModel):
         check_one_of(input_ids, inputs_embeds)
         B, S = check_inputs(self, **tensors)
         call = make_call(self, B, S, tensors, bool(hidden_states), bool(attentions), first_token_only)
-        encoded = graphs.replayed(self, plain, call) or graphs.run_directly(self, call, plain.device)
+        encoded = graphs.replayed(self, plain, call) or graphs.run_directly(self, call, plain)
         return make_outputs(encoded, hidden_states, attentions, return_dict, self.config.num_hidden_layers)
 
 

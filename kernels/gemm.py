@@ -42,6 +42,30 @@ def _tile(tile_id, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _tile_product(
+    x_desc, w_desc, pid_m, pid_n, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """One tile of x @ w^T, fp32, as its left and right half: two epilogues of half the registers and staging memory."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        acc = tl.dot(x_desc.load([pid_m * BLOCK_M, k]), w_desc.load([pid_n * BLOCK_N, k]).T, acc)
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _of_part(part, p0, p1, p2, PARTS: tl.constexpr):
+    """The pointer of this program's part; of parts that are none there is none."""
+    p = p0
+    if PARTS > 1:
+        if part == 1:
+            p = p1
+    if PARTS > 2:
+        if part == 2:
+            p = p2
+    return p
+
+
+@triton.jit
 def _walk_descriptors(
     x_desc, w_desc, bias_ptr, y_desc, M, N, K,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
@@ -52,12 +76,7 @@ def _walk_descriptors(
     # flatten: the loads of the next tile start under the epilogue of this one
     for tile_id in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         pid_m, pid_n = _tile(tile_id, tiles_m, tiles_n, GROUP_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            acc = tl.dot(x_desc.load([pid_m * BLOCK_M, k]), w_desc.load([pid_n * BLOCK_N, k]).T, acc)
-        # two half-width epilogues: half the registers and half the staging memory of one
-        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
+        left, right = _tile_product(x_desc, w_desc, pid_m, pid_n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         if HAS_BIAS:
             left += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -88,18 +107,7 @@ def _gemm_pointer_kernel(
     if tl.program_id(0) >= tiles_m * tiles_n:  # the grid covers the capacity
         return
     part = tl.program_id(1)
-    w_ptr = w0_ptr
-    bias_ptr = b0_ptr
-    if PARTS > 1:
-        if part == 1:
-            w_ptr = w1_ptr
-            if HAS_BIAS:
-                bias_ptr = b1_ptr
-    if PARTS > 2:
-        if part == 2:
-            w_ptr = w2_ptr
-            if HAS_BIAS:
-                bias_ptr = b2_ptr
+    w_ptr = _of_part(part, w0_ptr, w1_ptr, w2_ptr, PARTS)
     pid_m, pid_n = _tile(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,6 +131,7 @@ def _gemm_pointer_kernel(
     if SPLIT_K > 1:
         y_ptr += tl.program_id(2).to(tl.int64) * capacity * N
     elif HAS_BIAS:
+        bias_ptr = _of_part(part, b0_ptr, b1_ptr, b2_ptr, PARTS)
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     out = activate(acc, ACT, y_ptr.dtype.element_ty == tl.float32)
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + (part * N + cols)[None, :]
@@ -158,13 +167,14 @@ def check_linear(op: str, x: torch.Tensor, weights: list[torch.Tensor], biases: 
     """Shapes, dtypes and devices of a linear op, before anything is launched."""
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)} and strides {x.stride()}, expected (T, K) with unit rows")
-    N = weights[0].shape[0]
+    N, dtype, device = weights[0].shape[0], x.dtype, x.device
+    shape = (N, x.shape[1])
     for weight, bias in zip(weights, biases, strict=True):
-        if tuple(weight.shape) != (N, x.shape[1]):
-            raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected ({N}, {x.shape[1]})")
-        if weight.dtype != x.dtype or weight.device != x.device:
+        if weight.shape != shape:
+            raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected {shape}")
+        if weight.dtype != dtype or weight.device != device:
             raise ValueError(f"{op}: weight is {weight.dtype} on {weight.device}, x is {x.dtype} on {x.device}")
-        if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype != x.dtype or bias.device != x.device):
+        if bias is not None and (bias.shape != (N,) or bias.dtype != dtype or bias.device != device):
             raise ValueError(f"{op}: bias is {tuple(bias.shape)} {bias.dtype}, expected ({N},) {x.dtype}")
         if (bias is None) != (biases[0] is None):
             raise ValueError(f"{op}: some projections have a bias and some have none")

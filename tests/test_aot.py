@@ -21,16 +21,20 @@ OPS = (
     "embed_layer_norm",
     "first_rows",
     "first_token_attention",
+    "fold_vectors",
     "gelu_layer_norm",
     "linear",
     "linear_gelu",
     "linear_layer_norm",
+    "normalise",
     "pack",
     "pool",
     "qkv_linear",
     "residual_layer_norm",
 )
 TARGETS = ("80", "90", "100", "120", "gfx942")
+FOLDED_OPS = ("folded_linear", "linear_to_stream")  # tensor descriptors, and a tile for 200 KB of shared memory
+FOLDED_TARGETS = ("90", "100")
 
 KERNELS = """
 import triton
@@ -111,6 +115,10 @@ def test_what_ships_compiles(flags):
     for op in OPS:
         for target in TARGETS:
             assert any(row[0] == op and target in row for row in table), f"{op} for {target}"
+    for op in FOLDED_OPS:
+        for target in TARGETS:
+            found = any(row[0] == op and target in row for row in table)
+            assert found == (target in FOLDED_TARGETS), f"{op} for {target}"
     assert f"{len(table)} builds, 0 failed" in done.stdout
 
 
