@@ -181,6 +181,10 @@ def test_model_bench_runs_what_is_asked_for(tiny, tmp_path, capsys):
     out = tmp_path / "record.json"
     assert main(["model", "--device", "cpu", "--model", "base", "--only", "skip", "--out", str(out)]) == 0
     assert [r["workload"] for r in json.loads(out.read_text())["rows"]] == ["uniform, skip 4x16"]
+    folded = ["--folded", "--dtype", "bfloat16", "--only", "dense"]
+    assert main(["model", "--device", "cpu", "--model", "base", *folded, "--out", str(out)]) == 0
+    (line,) = json.loads(out.read_text())["rows"]
+    assert "folded" in line["ms"] and line["best_peer"] in ("eager", "sdpa")
     assert main(["model", "--device", "cpu", "--model", "base", "--only", "nothing", "--out", str(out)]) == 2
     assert "there are: dense 3x16, both 2x9" in capsys.readouterr().out
 
