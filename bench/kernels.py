@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         names.append("liger")
     names.append(OURS)
     columns = "".join(f"{name:>11}" for name in names)
-    print(f"\n{'op (times in us)':<20}{'shape':<26}{columns}           rate  share  speed-up  check")
+    print(f"\n{'op (times in us)':<22}{'shape':<26}{columns}           rate  share  speed-up  check")
     shapes = kernel_cases.SHAPES[device.type][: 1 if args.quick else None]
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), Progress(len(args.op or OPS) * len(shapes), "bench kernels") as bar:
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shown(line: dict[str, Any], names: list[str]) -> str:
-    text = f"{line['op']:<20}{line['shape']:<26}"
+    text = f"{line['op']:<22}{line['shape']:<26}"
     for name in names:
         text += f"{line['ms'][name]['median'] * 1e3:>11.1f}" if name in line["ms"] else f"{'-':>11}"
     if line["ok"]:
