@@ -63,6 +63,17 @@ def gemm(op: str, dtype: str, rows: int, N: int, K: int, act: str = "none", opti
     return Call(op, dtype, f"{configs.row_class(rows)} {N}x{K} {act}{'' if optional else ' no bias'}", run)
 
 
+def keys_and_values(dtype: str, rows: int, N: int, K: int) -> Call:
+    """qkv_linear without the query, as in the last layer of a first-token head."""
+
+    def run() -> None:
+        x, p = empty(rows, K, dtype=DTYPES[dtype]), empty(N, dtype=DTYPES[dtype])
+        weight = x.new_empty(N, K)
+        qkv_linear_triton(x, None, weight, weight, None, p, p, empty(1))
+
+    return Call("qkv_linear", dtype, f"{configs.row_class(rows)} {N}x{K} two", run)
+
+
 def product_layer_norm(dtype: str, rows: int, N: int, K: int) -> Call:
     def run() -> None:
         x, p = empty(rows, K, dtype=DTYPES[dtype]), empty(N, dtype=DTYPES[dtype])
@@ -214,6 +225,7 @@ def calls() -> Iterator[Call]:
         yield gemm("linear", dtype, rows, 768, 768)
         yield product_layer_norm(dtype, rows, 768, 768)
         yield product_layer_norm(dtype, rows, 768, 3072)
+        yield keys_and_values(dtype, rows, 768, 768)
     for rows in (2 * last, 128):
         yield from (gemm("linear_gelu", "bf16", rows, 3072, 768, act) for act in acts[1:])
         for op in ("linear", "qkv_linear", "linear_gelu"):
@@ -228,7 +240,8 @@ def calls() -> Iterator[Call]:
         for D, dtype, bias in itertools.product((64, 128), DTYPES, ("", "full")):
             yield attention(dtype, D, probs, bias)
         yield attention("bf16", 64, probs, "keys")
-        yield attention("bf16", 64, probs, "full", S=33)
+        yield from (attention("bf16", D, probs, "full", S=33) for D in (64, 32))
+        yield attention("bf16", 64, probs, S=1)
         yield attention("bf16", 64, probs, uniform=True)
     for dtype, D in itertools.product(("bf16", "fp16", "fp32"), (64, 32, 128, 20)):
         yield first_token_attention(dtype, D)
@@ -263,4 +276,5 @@ def calls() -> Iterator[Call]:
         yield from (dependent(product_layer_norm("bf16", rows, 768, K)) for K in (768, 3072))
     yield from (dependent(call) for call in (attention("bf16", 64, False), attention("bf16", 64, True)))
     yield from (dependent(call) for call in (embed("bf16", 768, torch.int64), pool("bf16", 768)))
+    yield from (dependent(call) for call in (first_rows("bf16", 768), first_token_attention("bf16", 64)))
     yield from (dependent(pack(torch.bool, skip, bucket=True)) for skip in (True, False))

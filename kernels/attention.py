@@ -1,15 +1,14 @@
 """attention on packed rows, with optional probabilities: softmax(scale * Q K^T + bias) V, one form for every padding.
 
-Rows 0..q_len of a sequence attend to its rows 0..kv_len (pack.py puts the real tokens first), so padding costs
-nothing and needs no mask. Probabilities (B, heads, S, S) are stored in the same launch, through the row <-> token map:
-every element is written once, zeros for padding keys and for tokens that are no row.
+Rows 0..q_len of a sequence attend to its rows 0..kv_len (pack.py puts the real tokens first): no mask, no padding keys.
+Probabilities (B, heads, S, S) are stored in the same launch through the row <-> token map, every element once.
 
 Without probabilities: one pass over the keys with a running maximum (Milakov & Gimelshein 2018; FlashAttention-2, Dao
 2023). With them: two passes, first the row's log-sum-exp, then P and P V; reading K twice from L2 is cheaper than
-normalising B * heads * S * S stored numbers afterwards. FLOP: 4 * heads * head_dim * sum(q_len * kv_len).
+normalising B * heads * S * S stored numbers afterwards. FLOP: 4 (with them 6) * heads * head_dim * sum(q_len * kv_len).
 
-A sequence without a key (kv_len = 0): uniform weights over all its rows (uniform_empty, transformers' eager) or a
-context of zeros (its sdpa). Never NaN.
+A sequence without a key (kv_len = 0): uniform weights over all its rows (uniform_empty, transformers' eager; not next
+to a bias) or a context of zeros (its sdpa). Never NaN.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ def _softmax_pass(
 ):  # fmt: skip
     """Over all keys: WITH_V exponentials times V; maximum of the scaled scores; sum of the exponentials."""
     acc = tl.zeros(q.shape, tl.float32)
-    row_max = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    row_max = tl.full((q.shape[0],), -3.4028234663852886e38, tl.float32)  # finite: -inf - -inf would be NaN
     row_sum = tl.zeros((q.shape[0],), tl.float32)
     # Blocks below `full` need no mask. The last one is a loop of one round without a pipeline: as straight code its
     # loads were hoisted above all that precedes them, and registers spilled.
@@ -148,10 +147,8 @@ def _softmax_pass(
             s = _scores(q, n, keys, scale, HAS_BIAS, MASK_KEYS, MASK_D, PRECISION)
             new_max = tl.max(s, 1) if HAS_BIAS else tl.max(s, 1) * scale  # scale > 0
             new_max = tl.maximum(row_max, new_max)
-            # only a bias can make every score of a row -inf so far; then e^(-inf - 0) = 0 where -inf - -inf is NaN
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max) if HAS_BIAS else new_max
-            p = _exp(s, shift[:, None], scale, HAS_BIAS)
-            alpha = _exp(row_max, shift, 1.0, HAS_BIAS)
+            p = _exp(s, new_max[:, None], scale, HAS_BIAS)
+            alpha = _exp(row_max, new_max, 1.0, HAS_BIAS)
             row_sum = row_sum * alpha + tl.sum(p, 1)
             if WITH_V:
                 v = _values(n, keys, MASK_KEYS, MASK_D)
@@ -189,14 +186,18 @@ def _probs_pass(
 @triton.jit
 def _store_zeros(probs, first, row_mask, block_cols, MAPPED: tl.constexpr):
     """Zeros into columns `first`.. of the rows: padding keys, and keys that are no row."""
-    zero = tl.zeros((1, block_cols.shape[0]), probs.ptr.dtype.element_ty)
-    for n in range(first, probs.S, block_cols.shape[0]):
-        cols = n + block_cols
-        at = cols
-        if MAPPED:
-            place = tl.where(cols < probs.q_len, probs.start + cols, probs.dropped + cols - probs.q_len)
-            at = tl.load(probs.token_ptr + place, mask=cols < probs.S, other=0) - probs.first_token
-        tl.store(probs.ptr + (probs.row_offsets + at[None, :]), zero, mask=row_mask & (cols < probs.S)[None, :])
+    BLOCK_N: tl.constexpr = block_cols.shape[0]
+    whole = tl.cdiv(first, BLOCK_N) * BLOCK_N
+    for WHOLE in tl.static_range(2):  # a block cut off at `first`, number by number; then whole ones, 16 bytes a store
+        begin, end = (whole, probs.S) if WHOLE else (first // BLOCK_N * BLOCK_N, whole)
+        for n in range(begin, end, BLOCK_N):
+            cols = n + block_cols
+            at = cols
+            if MAPPED:
+                place = tl.where(cols < probs.q_len, probs.start + cols, probs.dropped + cols - probs.q_len)
+                at = tl.load(probs.token_ptr + place, mask=cols < probs.S, other=0) - probs.first_token
+            mask = cols < probs.S if WHOLE else (cols < probs.S) & (cols >= first)
+            tl.store(probs.ptr + (probs.row_offsets + at[None, :]), 0.0, mask=row_mask & mask[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -254,8 +255,8 @@ def _attention_kernel(
     tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, lse, mask=rows < q_len)
     inv_sum = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)
     if WANT_PROBS:
-        # The sum goes into the exponent only where its rounding, which scales a whole row, is below that of the output;
-        # and never next to a bias of finfo.min, which swallows it.
+        # The sum goes into the exponent only where its rounding, which scales a whole row, is that of a half output at
+        # scores far beyond those of any model; and never next to a bias of finfo.min, which swallows it.
         FOLDED: tl.constexpr = (not HAS_BIAS) and probs_ptr.dtype.element_ty != tl.float32
         shift = row_max + tl.math.log2(row_sum) if FOLDED else tl.where(row_sum == 0, 0.0, row_max)
         dropped = tl.load(cu_seqlens_ptr + B) + b * S - start
@@ -344,7 +345,7 @@ def _with_probs(
     for b, n in enumerate(keys):
         scores[b, :, :, n:] = float("-inf")
     highest = scores.amax(-1)
-    probs = torch.softmax(scores, -1)
+    probs = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
     # the largest probability is exp(highest - lse): no second pass of exponentials
     sums = highest.float() - probs.amax(-1).float().log()
     if bias is not None:
@@ -361,7 +362,7 @@ def attention_triton(
 ) -> Triple:  # fmt: skip
     B, S, T, D = _check(qkv, bias, token, kv_len, heads, scale)
     out, probs, lse = _attention_fake(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, False)
-    op = "attention_probs" if want_probs else "attention"
+    op = "attention_probs" if want_probs or bias is not None else "attention"  # a bias, too, wants a smaller tile
     config = config or choose(op, "dim<=64" if D <= 64 else "dim<=128", qkv.dtype, capability(qkv.device))
     bias_strides = [0] * 4
     if bias is not None:

@@ -45,10 +45,11 @@ def _check(
     norm_bias: torch.Tensor,
 ) -> None:  # fmt: skip
     check_linear("linear_layer_norm", x, [weight], [bias])
-    if residual.dtype != x.dtype or residual.shape != (x.shape[0], weight.shape[0]):
+    shape = (x.shape[0], weight.shape[0])
+    if residual.dtype != x.dtype or residual.device != x.device or residual.shape != shape:
         raise ValueError(
-            f"linear_layer_norm: residual is {tuple(residual.shape)} {residual.dtype}, expected "
-            f"{(x.shape[0], weight.shape[0])} {x.dtype}"
+            f"linear_layer_norm: residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, expected "
+            f"{shape} {x.dtype} on {x.device}"
         )
     check("linear_layer_norm", residual, residual, norm_weight, norm_bias)
 

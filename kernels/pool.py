@@ -28,7 +28,7 @@ def pool_ref(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return torch.tanh(F.linear(hidden[:, 0], weight, bias))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _pool_kernel(
     hidden_ptr, weight_ptr, bias_ptr, y_ptr, B, N, K, stride_b, stride_w,
     PRECISION: tl.constexpr, PDL: tl.constexpr,

@@ -180,3 +180,14 @@ def test_scores_that_are_no_numbers(probs: bool, dtype: torch.dtype) -> None:
     ours, truth = body("attention", "triton")(*args, SMALL), attention_ref(*args)
     for x, y in zip(ours[: 1 + probs], truth, strict=False):
         assert torch.equal(x.isnan(), y.isnan()) and 0 < y.isnan().sum() < y.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("name", BODIES)
+def test_a_block_of_keys_without_weight(name: str, probs: bool, dtype: torch.dtype) -> None:
+    """Every score of the first block of keys is -inf, without a bias: those that follow share all the weight."""
+    args = list(packed_args(torch.ones(1, 40), 16, 1, dtype, False, probs, False))
+    args[0] = args[0].abs()
+    args[0][:16, 16] = -INF
+    assert_attention(name, tuple(args), SMALL)
