@@ -19,6 +19,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet, ref
 
@@ -40,6 +41,7 @@ MAX_OUTPUT_BYTES = 64 * 2**20  # of a bucket; copying them out would cost more t
 MAX_DEVICE_BYTES = 2**30  # inputs and outputs of all graphs of a device; the rest of the pool is shared
 DEPENDENT_ROWS = 128  # up to here kernels are so short that starting them is a good part of their time
 MAX_FAILURES = 3  # captures of a bucket that fail until it launches directly for ever; memory may be short for a while
+INPUT_DTYPES = (torch.int64, torch.bool, torch.int64, torch.int64)  # ids, mask, token types, positions
 MIN_LENGTH = 32  # shorter sequences would only add buckets: rows outside the batch are not computed
 
 
@@ -72,6 +74,11 @@ class Key(NamedTuple):
     attentions: bool
     first_tokens_only: bool
     precision: str  # of fp32 products, as torch allows them
+
+    @property
+    def given(self) -> tuple[bool, ...]:
+        """Which of the inputs there are: ids, mask, token types, positions."""
+        return True, self.has_mask, self.has_types, self.has_positions
 
 
 class Call(NamedTuple):
@@ -284,24 +291,35 @@ def _device(device: torch.device) -> _Device:
 
 
 def _capture(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) -> _Entry | None:
-    """A graph for `key`, or None where it cannot be captured: that is said once, and the key launches directly."""
-    graphs, where = snapshot.graphs, snapshot.device
-    device = graphs.device
-    names = (True, key.has_mask, key.has_types, key.has_positions)
-    dtypes = (torch.int64, torch.bool, torch.int64, torch.int64)
+    """A graph for `key`, or None where it could not be captured: that is said, and the call launches directly."""
+    graphs, device = snapshot.graphs, snapshot.graphs.device
     nbytes = _output_bytes(model, key, snapshot.dtype.itemsize)
-    nbytes += sum(key.B * key.S * d.itemsize for d, given in zip(dtypes, names, strict=True) if given)
+    nbytes += sum(key.B * key.S * dtype.itemsize for dtype in compress(INPUT_DTYPES, key.given))
     device.make_room(nbytes)
     while len(graphs.entries) >= MAX_GRAPHS:
         graphs.drop_oldest()
     device.sweep()
-    model_ref, skip = ref(model), key.skip
+    try:
+        entry = _captured(model, snapshot, key, call)
+    except Exception as error:
+        graphs.failed(key)
+        what = "which launches directly" if graphs.refused(key) else "which launches directly for now"
+        # the text alone: a record with the exception would keep the whole model alive
+        logger.warning("no CUDA graph for %d x %d, %s: %s", key.B, key.S, what, str(error))
+        return None
+    entry.nbytes = nbytes
+    graphs.entries[key] = entry
+    return entry
+
+
+def _captured(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) -> _Entry:
+    graphs, where, skip, model_ref = snapshot.graphs, snapshot.device, key.skip, ref(model)
     uniform_empty = model.config._attn_implementation == "eager"
     # ordinary tensors, so that no_grad and inference_mode may both write them
     with torch.inference_mode(False), torch.no_grad():
         buffers = tuple(
-            torch.zeros(key.B, key.S, dtype=d, device=where) if given else None
-            for d, given in zip(dtypes, names, strict=True)
+            torch.zeros(key.B, key.S, dtype=dtype, device=where) if needed else None
+            for dtype, needed in zip(INPUT_DTYPES, key.given, strict=True)
         )
         ids, mask, types, positions = buffers
         shape = torch.zeros(2, dtype=torch.int32, device=where)
@@ -313,18 +331,9 @@ def _capture(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) -
             )
 
         entry = _Entry(buffers, shape)
-        entry.nbytes = nbytes
         entry.copy_in(call)  # the warm-up runs on real input
-        try:
-            dependent = key.B * key.S <= DEPENDENT_ROWS and key not in graphs.failures
-            entry.graph, entry.static = device.backend.capture(run, dependent)
-        except Exception as error:
-            graphs.failed(key)
-            what = "which launches directly" if graphs.refused(key) else "which launches directly for now"
-            # the text alone: a record with the exception would keep the whole model alive
-            logger.warning("no CUDA graph for %d x %d, %s: %s", key.B, key.S, what, str(error))
-            return None
-    graphs.entries[key] = entry
+        dependent = key.B * key.S <= DEPENDENT_ROWS and key not in graphs.failures
+        entry.graph, entry.static = graphs.device.backend.capture(run, dependent)
     return entry
 
 

@@ -35,6 +35,7 @@ from bert_fast.kernels.runtime import (
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum of nothing: finite, since -inf - -inf would be NaN
 MAX_HEAD_DIM = 128
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # (context, lse)
 
@@ -137,7 +138,7 @@ def _softmax_pass(
 ):  # fmt: skip
     """Over all keys: WITH_V exponentials times V; maximum of the scaled scores; sum of the exponentials."""
     acc = tl.zeros(q.shape, tl.float32)
-    row_max = tl.full((q.shape[0],), -3.4028234663852886e38, tl.float32)  # finite: -inf - -inf would be NaN
+    row_max = tl.full((q.shape[0],), LOWEST, tl.float32)
     row_sum = tl.zeros((q.shape[0],), tl.float32)
     # Blocks below `full` need no mask. The last one is a loop of one round without a pipeline: as straight code its
     # loads were hoisted above all that precedes them, and registers spilled.
@@ -245,10 +246,9 @@ def _attention_kernel(
     cols = tl.arange(0, BLOCK_N)
     k_offsets = cols[None, :] * stride_t + d[:, None]
     v_offsets = cols[:, None] * stride_t + d[None, :]
-    full = kv_len // BLOCK_N * BLOCK_N
     keys = Keys(
-        ptr, -HALF, H * D - HALF, stride_t, full, kv_len, cols, k_offsets, v_offsets, d_mask, bias_ptr, bias_offsets,
-        stride_bias_k,
+        ptr, -HALF, H * D - HALF, stride_t, kv_len // BLOCK_N * BLOCK_N, kv_len, cols, k_offsets, v_offsets, d_mask,
+        bias_ptr, bias_offsets, stride_bias_k,
     )  # fmt: skip
     acc, row_max, row_sum = _softmax_pass(q, keys, scale, not WANT_PROBS, HAS_BIAS, MASK_D, PRECISION)
     lse = row_max + tl.math.log2(row_sum) / LOG2E if HAS_BIAS else (row_max + tl.math.log2(row_sum)) / LOG2E

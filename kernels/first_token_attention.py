@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bert_fast.kernels.attention import LOG2E, MAX_HEAD_DIM
+from bert_fast.kernels.attention import LOG2E, LOWEST, MAX_HEAD_DIM
 from bert_fast.kernels.pack import padded_rows
 from bert_fast.kernels.registry import register
 from bert_fast.kernels.runtime import device_guard, follow_previous, launch_options, next_power_of_2, tl, triton
@@ -64,8 +64,7 @@ def _first_token_attention_kernel(
     d = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + b.to(tl.int64) * stride_q + h * D + d, mask=d < D, other=0.0).to(tl.float32)
     q *= scale * LOG2E  # exp2 is the hardware's exponential
-    lowest = tl.full((BLOCK_N,), -3.4028234663852886e38, tl.float32)  # finite: -inf - -inf would be NaN
-    lane_max = lowest
+    lane_max = tl.full((BLOCK_N,), LOWEST, tl.float32)
     lane_sum = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for n in range(0, kv_len, BLOCK_N):

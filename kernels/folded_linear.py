@@ -15,18 +15,16 @@ import torch.nn.functional as F
 
 from bert_fast.kernels.activation import TORCH, activate, check_activation
 from bert_fast.kernels.fold_vectors import parts_of
-from bert_fast.kernels.gemm import _tile, _tile_product, check_linear
+from bert_fast.kernels.gemm import _tile, _tile_product, check_linear, programs, tile_options
 from bert_fast.kernels.linear import used_rows
 from bert_fast.kernels.linear_to_stream import (
     TILE,
     check_launch,
     check_stream,
     check_vector,
-    programs,
     row_statistics,
     statistics_ref,
     sum_dtype,
-    tile_options,
 )
 from bert_fast.kernels.registry import register
 from bert_fast.kernels.runtime import TensorDescriptor, device_guard, follow_previous, tl, triton
@@ -141,10 +139,10 @@ def folded_linear_triton(
     with device_guard(g):
         w_descs = [TensorDescriptor.from_tensor(w, [TILE.BLOCK_N, TILE.BLOCK_K]) for w in weights]
         y_descs = [TensorDescriptor.from_tensor(part, [TILE.BLOCK_M, TILE.BLOCK_N // 2]) for part in y.split(N, 1)]
-        _folded_linear_kernel[programs(M, N, parts, g.device), parts](
+        _folded_linear_kernel[programs(TILE, M, N, parts, g.device), parts](
             TensorDescriptor.from_tensor(g, [TILE.BLOCK_M, TILE.BLOCK_K]), *w_descs, *absent,
             u.contiguous(), c.contiguous(), *y_descs, *absent, sums, n_rows, M, N, K, eps,
-            PARTS=parts, HAS_N_ROWS=n_rows is not None, ACT=act, PARTIALS=sums.shape[1], **tile_options(),
+            PARTS=parts, HAS_N_ROWS=n_rows is not None, ACT=act, PARTIALS=sums.shape[1], **tile_options(TILE),
         )  # fmt: skip
     return y
 

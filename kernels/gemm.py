@@ -12,6 +12,8 @@ walked in groups of GROUP_M rows so that those of x do too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bert_fast.kernels.activation import activate
@@ -204,6 +206,25 @@ def _config(x: torch.Tensor, N: int, parts: int, tma_fits: bool, multiples_of_16
     return config
 
 
+def programs(config: TileConfig, M: int, N: int, parts: int, device: torch.device) -> int:
+    """Programs a part of a persistent grid: the SMs shared among the parts, no more than there are tiles."""
+    return max(1, min(ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N), num_sms(device) // parts))
+
+
+def tile_options(config: TileConfig) -> dict[str, Any]:
+    """What every kernel over tiles takes of its configuration."""
+    return {
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+        "GROUP_M": GROUP_M,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **config.register_limit(),
+        **launch_options(),
+    }
+
+
 def gemm_triton(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -235,24 +256,16 @@ def gemm_triton(
         return y
     absent = [None] * (3 - parts)
     b0, b1, b2 = biases + absent
-    tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N)
     shared = {
         "PARTS": parts,
         "HAS_BIAS": b0 is not None,
         "HAS_N_ROWS": n_rows is not None,
         "ACT": act,
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_K": config.BLOCK_K,
-        "GROUP_M": GROUP_M,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **config.register_limit(),
-        **launch_options(),
+        **tile_options(config),
     }
     with device_guard(x):
         if config.tma:
-            grid = (max(1, min(tiles, num_sms(x.device) // parts)), parts)
+            grid = (programs(config, M, N, parts, x.device), parts)
             x_desc = TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K])
             w_descs = [TensorDescriptor.from_tensor(w, [config.BLOCK_N, config.BLOCK_K]) for w in weights]
             y_descs = [TensorDescriptor.from_tensor(c, [config.BLOCK_M, config.BLOCK_N // 2]) for c in y.split(N, 1)]
@@ -261,6 +274,7 @@ def gemm_triton(
                 x_desc, *w_descs, *absent, b0, b1, b2, *y_descs, *absent, n_rows, M, N, K, DTYPE=dtype, **shared
             )
         else:
+            tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N)
             _gemm_pointer_kernel[tiles, parts, split](
                 x, *weights, *absent, b0, b1, b2, y, n_rows, M, N, K,
                 x.stride(0), weights[0].stride(0), y.stride(-2),

@@ -25,13 +25,11 @@ are few, the pass over them is cheap and a product wants its inner dimension spl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from bert_fast.kernels.configs import TileConfig
-from bert_fast.kernels.gemm import GROUP_M, _tile, _tile_product, _tma_fits, check_linear
+from bert_fast.kernels.gemm import _tile, _tile_product, _tma_fits, check_linear, programs, tile_options
 from bert_fast.kernels.linear import used_rows
 from bert_fast.kernels.registry import register
 from bert_fast.kernels.runtime import (
@@ -40,8 +38,6 @@ from bert_fast.kernels.runtime import (
     ceil_div,
     device_guard,
     follow_previous,
-    launch_options,
-    num_sms,
     tl,
     triton,
 )
@@ -210,24 +206,6 @@ def check_launch(op: str, x: Tensor, weights: list[Tensor]) -> None:
         raise ValueError(f"{op}: {shapes} do not fit descriptors, whose rows and addresses are multiples of 16 bytes")
 
 
-def tile_options() -> dict[str, Any]:
-    """What both products of a stream pass to their kernels."""
-    return {
-        "BLOCK_M": TILE.BLOCK_M,
-        "BLOCK_N": TILE.BLOCK_N,
-        "BLOCK_K": TILE.BLOCK_K,
-        "GROUP_M": GROUP_M,
-        "num_warps": TILE.num_warps,
-        "num_stages": TILE.num_stages,
-        **launch_options(),
-    }
-
-
-def programs(M: int, N: int, parts: int, device: torch.device) -> int:
-    """Programs a part of a persistent grid: the SMs shared among the parts, no more than there are tiles."""
-    return max(1, min(ceil_div(M, TILE.BLOCK_M) * ceil_div(N, TILE.BLOCK_N), num_sms(device) // parts))
-
-
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, residual_sums: Tensor | None,
     residual_gamma: Tensor | None, residual_beta: Tensor | None, gamma: Tensor,
@@ -274,14 +252,14 @@ def linear_to_stream_triton(
         residual_gamma, residual_beta = residual_gamma.contiguous(), residual_beta.contiguous()  # type: ignore[union-attr]
     with device_guard(x):
         half = [TILE.BLOCK_M, TILE.BLOCK_N // 2]
-        _linear_to_stream_kernel[(programs(M, N, 1, x.device),)](
+        _linear_to_stream_kernel[(programs(TILE, M, N, 1, x.device),)](
             TensorDescriptor.from_tensor(x, [TILE.BLOCK_M, TILE.BLOCK_K]),
             TensorDescriptor.from_tensor(weight, [TILE.BLOCK_N, TILE.BLOCK_K]),
             bias.contiguous(),
             TensorDescriptor.from_tensor(residual, half), residual_sums, residual_gamma, residual_beta,
             gamma.contiguous(), TensorDescriptor.from_tensor(g, half), sums, n_rows, M, N, K, eps,
             HAS_N_ROWS=n_rows is not None, FROM_STREAM=residual_sums is not None, PARTIALS=sums.shape[1],
-            **tile_options(),
+            **tile_options(TILE),
         )  # fmt: skip
     return g, sums
 
