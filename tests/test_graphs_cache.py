@@ -188,7 +188,7 @@ def test_an_interrupted_copy(backend: FakeBackend, monkeypatch: pytest.MonkeyPat
     """Ctrl-C between the two numbers of the true shape: the next call does not take the old ones for granted."""
     upstream, ours = pair()
     for _ in range(3):
-        ours(**model_inputs(3, 11))
+        ours(**model_inputs(4, 11))
 
     def interrupt(self: torch.Tensor, value: int) -> torch.Tensor:
         if self.dtype == torch.int32 and value == 9:
@@ -199,8 +199,8 @@ def test_an_interrupted_copy(backend: FakeBackend, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "fill_", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            ours(**model_inputs(4, 9))
-    assert_close_fp32(ours(**model_inputs(3, 11)), upstream(**model_inputs(3, 11)))
+            ours(**model_inputs(3, 9))  # the fourth sequence would be gone
+    assert_close_fp32(ours(**model_inputs(4, 11)), upstream(**model_inputs(4, 11)))
 
 
 def test_threads(backend: FakeBackend) -> None:  # noqa: F811
