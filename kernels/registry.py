@@ -1,6 +1,9 @@
-"""One way to register an op: schema, CPU body, CUDA body, fake tensors, and a gradient from the reference.
+"""One way to register an op: schema, CPU body, CUDA body, fake tensors, and its gradient.
 
 `Library.define` + `impl` costs less per call than `torch.library.custom_op`, and a forward makes about a hundred calls.
+
+A gradient is made of other ops (`register_kernel`), which have no gradient themselves: a second derivative goes through
+the reference, whose autograd also is the gradient of ops that no training runs through.
 """
 
 from __future__ import annotations
@@ -11,7 +14,22 @@ from typing import Any
 import torch
 
 NAMESPACE = "bert_fast"
+Grads = tuple[torch.Tensor | None, ...]
+# (which inputs need a gradient, inputs, outputs, gradients of the outputs or None) -> gradients of the inputs or None
+Gradient = Callable[[Sequence[bool], Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], Grads]
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register_kernel(
+    schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define `bert_fast::<schema>` without a gradient and return the callable op."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def register(
@@ -21,60 +39,72 @@ def register(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
     fake: Callable[..., Any],
+    gradient: Gradient | None = None,
+    saved_outputs: Sequence[int] = (),
 ) -> Callable[..., Any]:
     """Define `bert_fast::<schema>` and return the callable op.
 
-    ref: plain PyTorch definition with the op's own arguments; its autograd is the op's backward, recomputed from the
-    saved inputs, so nothing but inputs is kept. Second derivatives go through the same reference.
+    ref: plain PyTorch definition with the op's own arguments; its autograd, recomputed from the saved inputs, is the
+    op's backward where there is no `gradient`, and every second derivative.
+    gradient: the backward; the outputs that it reads are named by position in saved_outputs, of the others it sees
+    None.
     """
-    name = schema.split("(", 1)[0]
-    qualname = f"{NAMESPACE}::{name}"
-    _library.define(schema)
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, cuda, "CUDA")
-    torch.library.register_fake(qualname, fake, lib=_library)
-    torch.library.register_autograd(qualname, _backward_of(ref), setup_context=_setup_context, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = register_kernel(schema, cpu=cpu, cuda=cuda, fake=fake)
+    setup, backward = _autograd_of(ref, gradient, frozenset(saved_outputs))
+    torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=_library)
+    return op
 
 
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    ctx.set_materialize_grads(False)  # an output nobody used is no zero gradient to go through
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
-    ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-    ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
-    outputs = output if isinstance(output, tuple) else (output,)
-    ctx.differentiable = [o.is_floating_point() for o in outputs]
+def _autograd_of(ref: Callable[..., Any], gradient: Gradient | None, saved_outputs: frozenset[int]) -> tuple[Any, Any]:
+    def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # an output nobody used is no zero gradient to go through
+        outputs = output if isinstance(output, tuple) else (output,)
+        kept = [o if i in saved_outputs else None for i, o in enumerate(outputs)]
+        ctx.save_for_backward(*(x for x in (*inputs, *kept) if isinstance(x, torch.Tensor)))
+        ctx.others = [None if isinstance(x, torch.Tensor) else x for x in (*inputs, *kept)]
+        ctx.is_tensor = [isinstance(x, torch.Tensor) for x in (*inputs, *kept)]
+        ctx.n_inputs = len(inputs)
 
-
-def _backward_of(ref: Callable[..., Any]) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Grads:
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.others, strict=True)]
-        needs = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-        # For a double backward stay connected to the saved tensors, but through a view of each: one saved tensor may
-        # have been computed from another (x from the residual), and that path is not this op's to differentiate.
-        create_graph = torch.is_grad_enabled()
-        for i in needs:
-            args[i] = args[i].view_as(args[i]) if create_graph else args[i].detach().requires_grad_()
-        with torch.enable_grad():
-            out = ref(*args)
-        outputs = out if isinstance(out, tuple) else (out,)
-        pairs = [
-            (o, g)
-            for o, g, ok in zip(outputs, grads, ctx.differentiable, strict=True)
-            if ok and g is not None and o.requires_grad and o.numel()
-        ]
-        result: list[torch.Tensor | None] = [None] * len(args)
-        if pairs:
-            found = torch.autograd.grad(
-                [o for o, _ in pairs],
-                [args[i] for i in needs],
-                [g for _, g in pairs],
-                allow_unused=True,
-                create_graph=create_graph,
-            )
-            for i, grad in zip(needs, found, strict=True):
-                result[i] = grad
-        return tuple(result)
+        inputs, outputs = args[: ctx.n_inputs], args[ctx.n_inputs :]
+        needs, create_graph = ctx.needs_input_grad, torch.is_grad_enabled()
+        if gradient is None or create_graph:
+            return tuple(gradients_of(ref, inputs, needs, grads, create_graph))
+        return gradient(needs, inputs, outputs, grads) if any(g is not None for g in grads) else (None,) * len(inputs)
 
-    return backward
+    return setup, backward
+
+
+def gradients_of(
+    ref: Callable[..., Any],
+    args: Sequence[Any],
+    needs: Sequence[bool],
+    grads: Sequence[torch.Tensor | None],
+    create_graph: bool = False,
+) -> list[torch.Tensor | None]:
+    """Gradients of `ref(*args)` by autograd, one per argument, None where not in need.
+
+    grads: of its outputs, None for those not used. create_graph: for a second derivative the result stays connected to
+    args, but through a view of each: one argument may have been computed from another (x from the residual), and that
+    path is not ref's to differentiate.
+    """
+    args = [
+        a if not need else a.view_as(a) if create_graph else a.detach().requires_grad_()
+        for a, need in zip(args, needs, strict=True)
+    ]
+    with torch.enable_grad():
+        out = ref(*args)
+    outputs = out if isinstance(out, tuple) else (out,)
+    pairs = [
+        (o, g)
+        for o, g in zip(outputs, grads, strict=True)
+        if g is not None and o.requires_grad and o.numel()  # an integer output requires none
+    ]
+    wanted = [a for a, need in zip(args, needs, strict=True) if need]
+    if not pairs or not wanted:
+        return [None] * len(args)
+    results, weights = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(results, wanted, weights, allow_unused=True, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
