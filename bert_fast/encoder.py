@@ -1,7 +1,8 @@
-"""The encoder tier: embeddings to pooler on packed rows, five ops a layer, no mask and no padding in between.
+"""The encoder tier for inference: embeddings to pooler on packed rows, five ops a layer, no mask, no padding between.
 
 A layer: qkv_linear, attention, linear_layer_norm, linear_gelu, linear_layer_norm. Where only the first tokens are read,
-the last layer has keys and values of all rows, but queries and everything after of the first tokens alone.
+the last layer has keys and values of all rows, but queries and everything after of the first tokens alone. Dropout,
+gradients and autocast are in training.py.
 """
 
 from __future__ import annotations
@@ -37,13 +38,6 @@ class Encoded:
     attentions: list[torch.Tensor]
 
 
-def _on_path(rows: torch.Tensor, padded: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Rows read back from the padded tensor that the user holds, so that gradients flow through that very tensor."""
-    if packing.identity:
-        return padded.view(rows.shape)
-    return padded.view(rows.shape).index_select(0, packing.token)
-
-
 def _padded(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
     """(T, hidden) as (B, S, hidden); no view to autograd, which forbids some in-place changes of views to the user."""
     return torch.ops.aten._unsafe_view(rows, (packing.B, packing.S, rows.shape[1]))
@@ -56,8 +50,11 @@ def _embed(
     token_type_ids: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
+    want_rows: bool,
     want_padded: bool,
+    dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 0.0),
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, padded). dropout: seed, site and probability."""
     B, S = packing.B, packing.S
     if token_type_ids is None and position_ids is None:
         token_type_ids = embeddings.token_type_ids[:, :S]
@@ -71,7 +68,7 @@ def _embed(
         input_ids, inputs_embeds, token_type_ids.expand(B, S), position_ids.expand(B, S),
         word.weight, embeddings.token_type_embeddings.weight, embeddings.position_embeddings.weight,
         norm.weight, norm.bias, norm.eps, -1 if word.padding_idx is None else word.padding_idx,
-        packing.token, packing.n_rows, True, want_padded and not packing.identity,
+        packing.token, packing.n_rows, want_rows, want_padded, *dropout,
     )  # fmt: skip
 
 
@@ -94,19 +91,6 @@ def _encoded(
     pooler = model.pooler
     pooled = None if pooler is None else pool(last, pooler.dense.weight, pooler.dense.bias)
     return Encoded(last, pooled, hidden, attentions)
-
-
-def _differentiable_context(qkv: torch.Tensor, probs: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Context (T, hidden) computed from the returned probabilities, so that they carry gradient as in eager."""
-    B, heads, S, _ = probs.shape
-    v = qkv[:, 2 * qkv.shape[1] // 3 :]
-    if packing.n_rows is not None:  # 0 * undefined rows may be NaN
-        v = torch.where((torch.arange(v.shape[0], device=v.device) < packing.n_rows)[:, None], v, 0.0)
-    if not packing.identity:
-        v = torch.zeros_like(v).index_copy(0, packing.token.long(), v)
-    context = probs @ v.view(B, S, heads, -1).transpose(1, 2)
-    context = context.transpose(1, 2).reshape(B * S, -1)
-    return context if packing.identity else context.index_select(0, packing.token)
 
 
 def _after_attention(
@@ -157,27 +141,20 @@ def encode(
     want_attentions: bool,
     first_tokens_only: bool = False,
 ) -> Encoded:
-    """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs.
+    """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs, without dropout.
 
     first_tokens_only: the caller reads the pooler alone; not with hidden states, attentions or a 4-D mask.
     """
     p, layers = packing, model.encoder.layer
     uniform_empty = model.config._attn_implementation == "eager"
-    # a returned hidden state must lie on the gradient's path only when there is a gradient
-    through_returned = torch.is_grad_enabled()
     rows, padded = _embed(
-        model.embeddings, p, input_ids, token_type_ids, position_ids, inputs_embeds, want_hidden
-    )
+        model.embeddings, p, input_ids, token_type_ids, position_ids, inputs_embeds, True,
+        want_hidden and not p.identity,
+    )  # fmt: skip
     hidden: list[torch.Tensor] = []
     attentions: list[torch.Tensor] = []
-
-    def keep(rows: torch.Tensor, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        padded = _padded(rows if p.identity else padded, p)
-        return (_on_path(rows, padded, p) if through_returned and want_hidden else rows), padded
-
     if want_hidden:
-        rows, padded = keep(rows, padded)
-        hidden.append(padded)
+        hidden.append(_padded(rows if p.identity else padded, p))
     for i, layer in enumerate(layers):
         own, is_last = layer.attention.self, i + 1 == len(layers)
         if is_last and first_tokens_only:
@@ -189,13 +166,10 @@ def encode(
         context, probs = _attend(own, qkv, p, want_attentions, uniform_empty)
         if want_attentions:
             attentions.append(probs)
-            if through_returned and probs.requires_grad:
-                context = _differentiable_context(qkv, probs, p)
         token = p.token if not p.identity and (is_last or want_hidden) else None
         rows, padded = _after_attention(layer, context, rows, token, p.n_rows, p.identity or not is_last)
         if want_hidden and not is_last:
-            rows, padded = keep(rows, padded)
-            hidden.append(padded)
+            hidden.append(_padded(rows if p.identity else padded, p))
     if first_tokens_only:
         last = _first_tokens(layers[-1], rows, p, uniform_empty)[:, None]
     else:

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.models.bert import modeling_bert as hf
 
-from bert_fast import graphs, modeling
+from bert_fast import graphs, modeling, modules
 from bert_fast.packing import resolve_padding
-from bert_fast.tiers import embeddings_reason, layer_reason, module_reason, pooler_reason, word_table
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """tier: "encoder" (fused) or "upstream" (transformers' forward); reason: why not the encoder tier, or None;
+    """tier: "encoder" (the whole BertModel fused), "module" (transformers' forward drives, some of its modules are
+    fused) or "upstream" (transformers' code alone); reason: why not the encoder tier, or None;
 
     padding: "exact" or "skip"; rows: (module, "fused" or "transformers", why) for the model and its parts; graph: in
     the encoder tier, whether a CUDA graph would be replayed, else why not.
@@ -71,27 +70,28 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
         if given is not None and given.dim() >= 2:
             call = modeling.make_call(bert, *given.shape[:2], tensors, *flags, first_token_only)
             graph = graphs.plan(bert, plain, call)
-    like = word_table(bert)
     rows = [_row(name or type(bert).__name__, reason)]
-    if like is not None and module_reason(bert.encoder, hf.BertEncoder) is None:
-        prefix = f"{name}." if name else ""
-        rows.append(_row(f"{prefix}embeddings", reason and embeddings_reason(bert.embeddings, like)))
-        for i, layer in enumerate(bert.encoder.layer):
-            path = f"encoder.layer.{i}"
-            rows.append(_row(prefix + path, reason and layer_reason(layer, path, like)))
-        if bert.pooler is not None:
-            rows.append(_row(f"{prefix}pooler", reason and pooler_reason(bert.pooler, like)))
+    inside = f"{name}." if name else ""
+    parts = []
     for path, module in model.named_modules():
-        if isinstance(module, modeling.BertPredictionHeadTransform):
-            rows.append(_row(path, modeling.transform_reason(module, None)))
-    return Explanation("upstream" if reason else "encoder", reason, padding, tuple(rows), graph)
+        why = next((fn(module) for cls, fn in modules.REASONS.items() if _is_swapped(module, cls)), "")
+        if why != "":  # "": not a class that has a fused form
+            in_encoder = path.startswith(inside) and reason is None
+            parts.append(_row(path, None if in_encoder else why))
+    tier = "encoder" if reason is None else "module" if any(how == "fused" for _, how, _ in parts) else "upstream"
+    return Explanation(tier, reason, padding, (*rows, *parts), graph)
+
+
+def _is_swapped(module: torch.nn.Module, cls: type) -> bool:
+    """Whether `module` is of our class for `cls`, or a class made of it at run time, as FSDP does."""
+    return isinstance(module, modeling.SWAPS[cls])
 
 
 def explain(model: torch.nn.Module, **inputs: Any) -> Explanation:
     """Print which tier `model(**inputs)` would take, module by module, with the reasons; returns the Explanation.
 
-    Nothing is computed. Under the upstream tier the whole BertModel runs transformers' forward; a module marked
-    "fused" there has nothing against it itself.
+    Nothing is computed. In the module tier a module marked "fused" may still meet a tensor that it does not take (a
+    dtype that an adapter gave, a mask of no known form), and then runs transformers' code for that call.
     """
     result = explanation(model, **inputs)
     print(result)

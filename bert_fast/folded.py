@@ -125,7 +125,10 @@ def encode_folded(
     """`encode` with LayerNorm folded: the same arguments and outputs, where folded_reason is None."""
     p, layers = packing, model.encoder.layer
     uniform_empty = model.config._attn_implementation == "eager"
-    rows, padded = _embed(model.embeddings, p, input_ids, token_type_ids, position_ids, inputs_embeds, want_hidden)
+    rows, padded = _embed(
+        model.embeddings, p, input_ids, token_type_ids, position_ids, inputs_embeds, True,
+        want_hidden and not p.identity,
+    )  # fmt: skip
     hidden = [_padded(rows if p.identity else padded, p)] if want_hidden else []
     attentions: list[torch.Tensor] = []
     state: Stream | torch.Tensor = rows  # the embeddings' LayerNorm has run: it follows no product

@@ -28,7 +28,6 @@ from torch.utils._device import DeviceContext
 
 from bert_fast.cuda_graphs import CudaBackend
 from bert_fast.encoder import Encoded, encode
-from bert_fast.folded import encode_folded, folded_reason
 from bert_fast.kernels.runtime import next_power_of_2
 from bert_fast.packing import make_packing
 from bert_fast.snapshot import Snapshot, snapshots
@@ -97,17 +96,6 @@ class Call(NamedTuple):
     first_tokens_only: bool
 
 
-def run_directly(model: torch.nn.Module, call: Call, snapshot: Snapshot) -> Encoded:
-    """The forward, launched op by op."""
-    device, uniform_empty = snapshot.device, model.config._attn_implementation == "eager"
-    packing = make_packing(call.attention_mask, call.B, call.S, device, call.skip, uniform_empty)
-    run = encode_folded if folded_reason(model, packing, snapshot.dtype, device) is None else encode
-    return run(
-        model, packing, call.input_ids, call.token_type_ids, call.position_ids, call.inputs_embeds, call.hidden,
-        call.attentions, call.first_tokens_only,
-    )  # fmt: skip
-
-
 def _key(snapshot: Snapshot, call: Call) -> Key:
     mask, types, positions = call.attention_mask, call.token_type_ids, call.position_ids
     S = max(next_power_of_2(call.S), MIN_LENGTH)
@@ -135,6 +123,10 @@ def _surroundings(call: Call, snapshot: Snapshot) -> str | None:
         return f"the model is on {snapshot.device.type}"
     if torch.is_grad_enabled():
         return "gradients are on"
+    if snapshot.training:
+        return "a module is in training mode"
+    if torch.is_autocast_enabled(snapshot.device.type):
+        return "autocast is on"
     if call.input_ids is None:
         return "inputs_embeds were given"
     if call.attention_mask is not None and call.attention_mask.dim() == 4:

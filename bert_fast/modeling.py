@@ -15,20 +15,22 @@ from transformers.utils import output_capturing
 
 from bert_fast import graphs, snapshot
 from bert_fast.checks import check_inputs, check_one_of
-from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm
-from bert_fast.kernels.linear import linear
+from bert_fast.direct import run_directly
+from bert_fast.modules import (
+    BertEmbeddings,
+    BertIntermediate,
+    BertOutput,
+    BertPooler,
+    BertPredictionHeadTransform,
+    BertSelfOutput,
+)
 from bert_fast.outputs import SELECTS_HIDDEN_STATES, make_outputs
 from bert_fast.packing import check_padding, resolve_padding
 from bert_fast.tiers import (
-    DTYPES,
-    activation_name,
-    activation_reason,
+    autocast_reason,
     call_reason,
-    layer_norm_reason,
-    linear_reason,
     model_reason,
     surroundings_reason,
-    unsupported_reason,
     warn_once,
     word_table,
 )
@@ -127,7 +129,7 @@ class BertModel(_Fast, hf.BertModel):
         check_one_of(input_ids, inputs_embeds)
         B, S = check_inputs(self, **tensors)
         call = make_call(self, B, S, tensors, bool(hidden_states), bool(attentions), first_token_only)
-        encoded = graphs.replayed(self, plain, call) or graphs.run_directly(self, call, plain)
+        encoded = graphs.replayed(self, plain, call) or run_directly(self, call, plain)
         return make_outputs(encoded, hidden_states, attentions, return_dict, self.config.num_hidden_layers)
 
 
@@ -150,7 +152,7 @@ def encoder_check(
     """(None, the model's snapshot) of a call for the encoder tier, (why it is not, None) of another one."""
     like = word_table(model)
     like = next(model.parameters()) if like is None else like
-    reason = surroundings_reason(like.device.type)
+    reason = surroundings_reason() or autocast_reason(like.device.type, like.dtype)
     plain = None if reason else snapshot.held(model)
     if reason is None and plain is None:
         reason = model_reason(model)
@@ -174,45 +176,6 @@ def make_call(
     # a 4-D mask may have a bias for every query: its last layer is computed like the others
     first_tokens = first_token_only and not returns_positions and (mask is None or mask.dim() == 2)
     return graphs.Call(B, S, *tensors.values(), skip, hidden_states, attentions, first_tokens)
-
-
-class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
-    """The masked-LM head's dense, activation and LayerNorm: two launches."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states (..., hidden); returns the same shape."""
-        if torch.compiler.is_compiling() or transform_reason(self, hidden_states) is not None:
-            return super().forward(hidden_states)
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
-        rows = linear(rows, self.dense.weight, self.dense.bias, None)
-        norm = self.LayerNorm
-        act = activation_name(self.transform_act_fn)
-        return gelu_layer_norm(rows, norm.weight, norm.bias, norm.eps, act).view(hidden_states.shape)
-
-
-def transform_reason(transform: torch.nn.Module, hidden_states: torch.Tensor | None) -> str | None:
-    """Why a BertPredictionHeadTransform runs transformers' code (for these hidden states, where given)."""
-    weight = transform.dense._parameters.get("weight")
-    if transform.training:
-        return "is in training mode"
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
-        return "dense has no ordinary weight"
-    size = weight.shape[1]
-    if hidden_states is not None and (
-        type(hidden_states) is not torch.Tensor
-        or hidden_states.dtype != weight.dtype
-        or hidden_states.device != weight.device
-        or hidden_states.shape[-1] != size
-        or hidden_states.numel() == 0
-    ):
-        return "input differs from the weight in dtype, device or size"
-    return (
-        unsupported_reason(weight.device)
-        or surroundings_reason(weight.device.type)
-        or linear_reason(transform.dense, size, size, weight)
-        or activation_reason(transform.transform_act_fn)
-        or layer_norm_reason(transform.LayerNorm, size, weight)
-    )
 
 
 class _FirstTokenHead(_Fast):
@@ -272,7 +235,10 @@ class BertForQuestionAnswering(_Fast, hf.BertForQuestionAnswering):
 
 SWAPS: dict[type, type] = {
     getattr(hf, cls.__name__): cls
-    for cls in (BertModel, BertSelfAttention, BertCrossAttention, BertPredictionHeadTransform)
+    for cls in (
+        *(BertModel, BertEmbeddings, BertSelfAttention, BertCrossAttention, BertSelfOutput),
+        *(BertIntermediate, BertOutput, BertPooler, BertPredictionHeadTransform),
+    )
 }
 
 

@@ -1,5 +1,8 @@
 """What `tiers.model_reason` found, kept: the walk over all modules costs more than the launches of a small forward.
 
+Of a model there are up to two, one for each value of its training flag: a run that trains and evaluates in turns keeps
+both, and the CUDA graphs of its evaluation.
+
 A snapshot is taken after a walk that found every module plain. `holds` then compares, in passes that run in C over
 lists prepared once, everything the walk reads that can change between two calls: the tree of modules and their types,
 the number of their attributes (an instance's `forward` is one more), training flags, hooks, the address of every
@@ -32,6 +35,7 @@ from transformers.models.bert import modeling_bert as hf
 from bert_fast.tiers import FORWARDS
 
 _FORWARD_OF = attrgetter("forward")
+_CHECKPOINTING = attrgetter("gradient_checkpointing")  # an attribute of the class until it is set
 _TRAINING = itemgetter("training")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONFIG = ("is_decoder", "is_causal", "_attn_implementation", "_attn_implementation_internal")
@@ -66,7 +70,8 @@ def _globals_of(model: nn.Module) -> tuple[Any, ...]:
 class Snapshot:
     """The state of a plain BertModel; no reference to the model itself, so that it can die.
 
-    device, dtype: the model's; max_length: of the default positions; graphs: what graphs.py captured under it.
+    device, dtype: the model's; training: any module is in training mode; max_length: of the default positions; graphs:
+    what graphs.py captured under it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,7 +85,11 @@ class Snapshot:
         unread = {id(getattr(layer.attention.self, "dropout", None)) for layer in model.encoder.layer}
         self._dicts = [m.__dict__ for m in below if id(m) not in unread]
         self._lengths = list(map(len, self._dicts))
-        self._training = list(map(_TRAINING, self._dicts))  # False where a walk looks
+        self._training = list(map(_TRAINING, self._dicts))
+        self._model_training = model.training
+        self.training = model.training or any(self._training)
+        self._layers = list(model.encoder.layer)
+        self._checkpointing = list(map(_CHECKPOINTING, self._layers))
         self._newest_hook = self._hook_seen = -1
         self._hooks = self._read_hooks()  # transformers' own, which a walk lets pass
         embeddings = model.embeddings
@@ -123,12 +132,14 @@ class Snapshot:
     def holds(self, model: nn.Module) -> bool:
         """Whether a walk over `model`, the one this was taken of, would still find everything plain and in place."""
         children = _flat(self._trees)
-        if model.training or children != self._children or list(map(type, children)) != self._types:
+        if children != self._children or list(map(type, children)) != self._types:
             return False
         dicts = self._dicts
         if list(map(len, dicts)) != self._lengths or list(map(_TRAINING, dicts)) != self._training:
             return False
-        if not self._same_hooks():
+        if model.training != self._model_training:
+            return False
+        if not self._same_hooks() or list(map(_CHECKPOINTING, self._layers)) != self._checkpointing:
             return False
         try:
             if self._word["weight"].dtype != self.dtype or self._read_addresses() != self._addresses:
@@ -141,21 +152,21 @@ class Snapshot:
         return _globals_of(model) == self._globals
 
 
-_snapshots: WeakKeyDictionary[nn.Module, Snapshot] = WeakKeyDictionary()
+_snapshots: WeakKeyDictionary[nn.Module, dict[bool, Snapshot]] = WeakKeyDictionary()
 
 
 def held(model: nn.Module) -> Snapshot | None:
     """The model's snapshot if it still holds."""
-    snapshot = _snapshots.get(model)
+    snapshot = _snapshots.get(model, {}).get(model.training)
     return snapshot if snapshot is not None and snapshot.holds(model) else None
 
 
 def snapshots() -> list[tuple[nn.Module, Snapshot]]:
-    """Every model alive that has one."""
-    return list(_snapshots.items())
+    """Every snapshot of a model alive."""
+    return [(model, snapshot) for model, both in list(_snapshots.items()) for snapshot in list(both.values())]
 
 
 def take(model: nn.Module) -> Snapshot:
     """A new snapshot of a model that a walk has just found plain; it replaces the one before."""
-    snapshot = _snapshots[model] = Snapshot(model)
+    snapshot = _snapshots.setdefault(model, {})[model.training] = Snapshot(model)
     return snapshot

@@ -53,16 +53,22 @@ FORWARDS: dict[type, Any] = {
     cls: cls.forward
     for cls in (
         *(hf.BertEmbeddings, hf.BertEncoder, hf.BertLayer, hf.BertAttention, hf.BertSelfAttention, hf.BertSelfOutput),
-        *(hf.BertIntermediate, hf.BertOutput, hf.BertPooler, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout),
+        *(hf.BertIntermediate, hf.BertOutput, hf.BertPooler, hf.BertPredictionHeadTransform),
+        *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout),
     )
 }
 ATTENTION_FUNCTIONS = (hf.eager_attention_forward, hf.ALL_ATTENTION_FUNCTIONS.get("sdpa"))
 
 
+def is_capture_hook(hook: Any) -> bool:
+    """Whether a forward hook is transformers' own, which only reads."""
+    return getattr(hook, "__code__", None) is CAPTURE_HOOK
+
+
 def _hook_reason(module: nn.Module) -> str | None:
     if module._forward_hooks:
         for hook in module._forward_hooks.values():
-            if getattr(hook, "__code__", None) is not CAPTURE_HOOK:
+            if not is_capture_hook(hook):
                 return "has a forward hook"
     if module._forward_pre_hooks:
         return "has a forward pre-hook"
@@ -79,8 +85,6 @@ def module_reason(module: nn.Module | None, expected: type) -> str | None:
     if cls is not expected and not (cls.__bases__[-1] is expected and cls.__module__.startswith("bert_fast.")):
         return f"is a {cls.__module__}.{cls.__qualname__}, not {expected.__module__}.{expected.__qualname__}"
     assert module is not None
-    if module.training:
-        return "is in training mode"
     if expected.forward is not FORWARDS.get(expected, expected.forward):
         return f"is a {cls.__qualname__}, whose forward was replaced"
     return _hook_reason(module)
@@ -143,20 +147,24 @@ def _parts_reason(path: str, parts: list[tuple[str, str | None]]) -> str | None:
     return None
 
 
+def embedding_parts_reason(module: nn.Module, like: torch.Tensor) -> str | None:
+    for name, reason in (
+        ("word_embeddings", _embedding_reason(module.word_embeddings, like)),
+        ("position_embeddings", _embedding_reason(module.position_embeddings, like)),
+        ("token_type_embeddings", _embedding_reason(module.token_type_embeddings, like)),
+        ("LayerNorm", layer_norm_reason(module.LayerNorm, like.shape[1], like)),
+        ("dropout", module_reason(module.dropout, nn.Dropout)),
+    ):
+        if reason is not None:
+            return f"({name}) {reason}"
+    if not all(hasattr(module, name) for name in ("position_ids", "token_type_ids")):
+        return "has lost a buffer"
+    return None
+
+
 def embeddings_reason(module: nn.Module, like: torch.Tensor) -> str | None:
-    reason = module_reason(module, hf.BertEmbeddings)
-    return _parts_reason(
-        "embeddings",
-        [("", reason)]
-        if reason
-        else [
-            ("word_embeddings", _embedding_reason(module.word_embeddings, like)),
-            ("position_embeddings", _embedding_reason(module.position_embeddings, like)),
-            ("token_type_embeddings", _embedding_reason(module.token_type_embeddings, like)),
-            ("LayerNorm", layer_norm_reason(module.LayerNorm, like.shape[1], like)),
-            ("dropout", module_reason(module.dropout, nn.Dropout)),
-        ],
-    )
+    reason = module_reason(module, hf.BertEmbeddings) or embedding_parts_reason(module, like)
+    return reason and f"embeddings {reason}"
 
 
 def _output_reason(module: nn.Module, expected: type, in_features: int, hidden: int, like: torch.Tensor) -> str | None:
@@ -173,6 +181,25 @@ def _output_reason(module: nn.Module, expected: type, in_features: int, hidden: 
     return None
 
 
+def attention_shape_reason(own: nn.Module) -> str | None:
+    """Why the kernels cannot be the attention of this BertSelfAttention, whatever its projections."""
+    if own.is_decoder or own.is_causal:
+        return "is causal"
+    if own.num_attention_heads * own.attention_head_size != own.all_head_size:
+        return "has heads that do not make up its size"
+    if own.attention_head_size > MAX_HEAD_DIM:
+        return f"has head_dim {own.attention_head_size}, the kernels take up to {MAX_HEAD_DIM}"
+    if not isinstance(own.scaling, (int, float)) or not own.scaling > 0:
+        return f"has scaling {own.scaling}, the kernels take numbers above 0"
+    return None
+
+
+def attention_function_reason() -> str | None:
+    if (hf.eager_attention_forward, hf.ALL_ATTENTION_FUNCTIONS.get("sdpa")) != ATTENTION_FUNCTIONS:
+        return "an attention function of transformers was replaced"
+    return None
+
+
 def layer_reason(layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
     """Why one BertLayer cannot run on our ops; `like` is the word table, for dtype, device and hidden size."""
     hidden = like.shape[1]
@@ -183,6 +210,8 @@ def layer_reason(layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
         reason = f"chunks its feed-forward by {layer.chunk_size_feed_forward}"
     if reason:
         return f"{path} {reason}"
+    if layer.gradient_checkpointing and layer.training:
+        return f"{path} is checkpointed"
     if "feed_forward_chunk" in layer.__dict__:
         return f"{path} has a replaced feed_forward_chunk"
     attention, inter = layer.attention, layer.intermediate
@@ -197,12 +226,11 @@ def layer_reason(layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
     if reason:
         return reason
     own = attention.self
-    if own.num_attention_heads * own.attention_head_size != hidden or own.is_decoder or own.is_causal:
-        return f"{path}.attention.self is causal or has heads that do not make up the hidden size"
-    if own.attention_head_size > MAX_HEAD_DIM:
-        return f"{path}.attention.self has head_dim {own.attention_head_size}, the kernels take up to {MAX_HEAD_DIM}"
-    if not isinstance(own.scaling, (int, float)) or not own.scaling > 0:
-        return f"{path}.attention.self has scaling {own.scaling}, the kernels take numbers above 0"
+    reason = attention_shape_reason(own)
+    if reason is None and own.all_head_size != hidden:
+        reason = f"has heads of {own.all_head_size} numbers in all, not {hidden}"
+    if reason:
+        return f"{path}.attention.self {reason}"
     wide = getattr(inter.dense, "out_features", 0)
     return _parts_reason(
         path,
@@ -242,8 +270,6 @@ def word_table(model: nn.Module) -> torch.Tensor | None:
 def model_reason(model: nn.Module) -> str | None:
     """Why the modules of a BertModel cannot run on the encoder tier."""
     config = model.config
-    if model.training:
-        return "the model is in training mode"
     if config.is_decoder or getattr(config, "is_causal", False):
         return "the model is a decoder"
     if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
@@ -251,16 +277,15 @@ def model_reason(model: nn.Module) -> str | None:
     masks = getattr(model._create_attention_masks, "__func__", None)
     if masks is not hf.BertModel.__dict__["_create_attention_masks"]:
         return "the model makes its own attention masks"
-    if (hf.eager_attention_forward, hf.ALL_ATTENTION_FUNCTIONS.get("sdpa")) != ATTENTION_FUNCTIONS:
-        return "an attention function of transformers was replaced"
+    reason = attention_function_reason()
+    if reason:
+        return reason
     word = word_table(model)
     if word is None:
         return "embeddings.word_embeddings has no ordinary table"
     if word.dtype not in DTYPES:
         return f"parameters are {word.dtype}"
     reason = unsupported_reason(word.device) or embeddings_reason(model.embeddings, word)
-    if reason is None and not all(hasattr(model.embeddings, name) for name in ("position_ids", "token_type_ids")):
-        reason = "embeddings has lost a buffer"
     reason = reason or _parts_reason("encoder", [("", module_reason(model.encoder, hf.BertEncoder))])
     if reason:
         return reason
@@ -273,19 +298,27 @@ def model_reason(model: nn.Module) -> str | None:
     return None if model.pooler is None else pooler_reason(model.pooler, word)
 
 
-def surroundings_reason(device_type: str) -> str | None:
-    """What around the call (compilers, transforms, autocast, global hooks) our ops do not go through."""
+def surroundings_reason() -> str | None:
+    """What around the call (compilers, transforms, global hooks) our ops do not go through."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "the call is being compiled, exported or traced"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "the call is under a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast
-        return "autocast is on"
     if nn_module._has_any_global_hook():
         return "a global module hook is installed"
     return None
+
+
+def autocast_reason(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why our ops do not do what autocast asks of a model of `dtype`: only fp32 parameters are brought to half."""
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
+        return None
+    to = torch.get_autocast_dtype(device_type)
+    if dtype == torch.float32 and to in (torch.bfloat16, torch.float16):
+        return None
+    return f"autocast to {to} is on, parameters are {dtype}"
 
 
 def call_reason(

@@ -1,4 +1,4 @@
-"""transformers' own attention modules, changed where the tiers would otherwise disagree.
+"""transformers' own attention modules: on our ops where they can be, else changed where tiers would disagree.
 
 - Weights asked for per call are real under sdpa too: transformers answers with an empty tuple, because
   scaled_dot_product_attention keeps no weights. That call runs transformers' forward with its own eager function; a
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from transformers.models.bert import modeling_bert as hf
+
+from bert_fast.modules import self_attention
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -78,6 +80,11 @@ class BertSelfAttention(hf.BertSelfAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Attended:
+        if not torch.compiler.is_compiling():
+            want = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
+            fused = self_attention(self, hidden_states, attention_mask, past_key_values, want, kwargs)
+            if fused is not None:
+                return fused
         if not _wants_weights(self, kwargs):
             if self.config._attn_implementation == "eager":
                 attention_mask = _additive(attention_mask, hidden_states)

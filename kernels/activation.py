@@ -32,6 +32,14 @@ TORCH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+# (dy, x) -> dy * act'(x)
+BACKWARD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "none": lambda dy, x: dy.clone(),
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward, threshold=0),
+    "silu": torch.ops.aten.silu_backward,
+}
 
 # Minimax fit of (Phi(x) - 0.5) / x on [0, GELU_LIMIT], errors weighed by x^2: highest power of x^2 - GELU_CENTER first.
 # P(GELU_LIMIT^2) * GELU_LIMIT is 3e-7 above 0.5, so that from there on Phi is clamped. A degree less: error 2.5e-5.
@@ -58,6 +66,14 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _sigmoid_and_slope(x):
+    # 1 - sigmoid loses what is left of it near 1, and a gradient multiplies that by up to 10
+    e = tl.math.exp2(tl.abs(x) * -1.4426950408889634)
+    r = 1.0 / (1.0 + e)
+    return tl.where(x >= 0, r, e * r), e * r * r
+
+
+@triton.jit
 def _gelu_poly(x):
     """x * Phi(x) for outputs of at most 11 bits, with no special function: Phi(x) = 0.5 + x * P(x^2), within [0, 1].
 
@@ -66,13 +82,18 @@ def _gelu_poly(x):
     x >= GELU_LIMIT the result is x to the bit, for x <= -GELU_LIMIT zero; NaN, inf and -inf give NaN, inf and NaN, as
     x * Phi(x) does. tests/test_kernels_activation.py fits P again and proves all of this.
     """
+    # 13 instructions: the clamp is the multiply-add's saturation. It drops a NaN; the product with x has it again.
+    return x * _phi_poly(x)
+
+
+@triton.jit
+def _phi_poly(x):
     # P in powers of x^2 - GELU_CENTER: in powers of x^2, fp32 cancellation alone would cost 5e-5
     z = tl.minimum(x * x - GELU_CENTER, GELU_LIMIT * GELU_LIMIT - GELU_CENTER)
     p = GELU_P[0]
     for i in tl.static_range(1, GELU_DEGREE + 1):
         p = p * z + GELU_P[i]
-    # 13 instructions: the clamp is the multiply-add's saturation. It drops a NaN; the product with x has it again.
-    return x * tl.clamp(p * x + 0.5, 0.0, 1.0)
+    return tl.clamp(p * x + 0.5, 0.0, 1.0)
 
 
 @triton.jit
@@ -91,6 +112,36 @@ def activate(x, ACT: tl.constexpr, EXACT: tl.constexpr):
     elif ACT == "silu":
         x = x * _sigmoid(x)
     return x
+
+
+@triton.jit
+def activate_backward(d, x, ACT: tl.constexpr, EXACT: tl.constexpr):
+    """(d * act'(x), act(x)), fp32 in and out.
+
+    Of the erf GELU, act'(x) = Phi(x) + x * phi(x). Not EXACT: Phi is the polynomial of `_gelu_poly`, whose error of at
+    most 1.3e-5 / |x| and 1e-4 * |x| + 1e-7 is at most 4e-5; phi, by exp2, adds less than 1e-6.
+    """
+    y = x
+    if ACT == "gelu":
+        if EXACT:
+            cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        else:
+            cdf = _phi_poly(x)
+        # 0.7213... = log2(e) / 2; phi(x) = exp(-x^2 / 2) / sqrt(2 pi)
+        d = d * (cdf + x * (0.3989422804014327 * tl.math.exp2(x * x * -0.7213475204444817)))
+        y = x * cdf
+    elif ACT == "gelu_tanh":
+        s, slope = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * s
+        d = d * (s + x * slope * (1.5957691216057308 + 0.21406444881780073 * (x * x)))
+    elif ACT == "relu":
+        y = tl.where(x > 0, x, tl.where(x == x, 0.0, x))
+        d = tl.where(x <= 0, 0.0, d)
+    elif ACT == "silu":
+        s, slope = _sigmoid_and_slope(x)
+        y = x * s
+        d = d * (s + x * slope)
+    return d, y
 
 
 @triton.jit

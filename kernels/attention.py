@@ -14,13 +14,25 @@ to a bias) or a context of zeros (its sdpa). Never NaN.
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from bert_fast.kernels.attention_backward import attention_backward
+from bert_fast.kernels.attention_base import (
+    LOG2E,
+    LOWEST,
+    MAX_HEAD_DIM,
+    Triple,
+    attention_cpu,
+    attention_ref,
+    check,
+    load_block,
+)
 from bert_fast.kernels.configs import TileConfig, choose
-from bert_fast.kernels.pack import padded_rows, positions
-from bert_fast.kernels.registry import register
+from bert_fast.kernels.dropout import dropout_kept, dropout_keys, rescale, threshold
+from bert_fast.kernels.registry import Grads, gradients_of, register
 from bert_fast.kernels.runtime import (
     capability,
     ceil_div,
@@ -33,52 +45,7 @@ from bert_fast.kernels.runtime import (
     triton,
 )
 
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum of nothing: finite, since -inf - -inf would be NaN
-MAX_HEAD_DIM = 128
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # (context, lse)
-
-
-def attention_ref(
-    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
-    prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
-) -> Triple:  # fmt: skip
-    """qkv (T, 3 * heads * D) packed rows; bias broadcastable to (B, heads, S, S) or None (with it, rows are tokens).
-
-    token (T,), cu_seqlens (B+1,), kv_len (B,), prefix (B,) int32 from `pack`; T = B * S. Returns context
-    (T, heads * D), probs (B, heads, S, S) or empty, lse (heads, T) fp32, natural log.
-    """
-    B, T = kv_len.shape[0], qkv.shape[0]
-    S, D = T // B, qkv.shape[1] // (3 * heads)
-    rows, is_row = padded_rows(cu_seqlens, S, T)
-    q, k, v = (
-        torch.where(is_row[:, :, None, None], x[rows], 0.0).transpose(1, 2) for x in qkv.view(T, 3, heads, D).unbind(1)
-    )
-    scores = q @ k.transpose(2, 3) * scale
-    if bias is not None:
-        scores = scores + bias
-    is_key = torch.arange(S, device=qkv.device) < kv_len[:, None]
-    if uniform_empty:
-        empty = (kv_len == 0)[:, None]
-        scores = torch.where(empty[:, None, None], scores - scores.detach(), scores)  # 0 that keeps the gradient
-        is_key = is_key | (empty & is_row)
-    scores = scores.masked_fill(~is_key[:, None, None], float("-inf"))
-    lse = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
-    dead = torch.isneginf(lse)[..., None]
-    probs = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0).to(qkv.dtype)
-    context = (probs @ v).transpose(1, 2)[is_row].reshape(-1, heads * D)
-    context = F.pad(context, (0, 0, 0, T - context.shape[0]))
-    lse_rows = F.pad(lse.transpose(0, 1)[:, is_row], (0, T - int(is_row.sum())))
-    if not want_probs:
-        return context, qkv.new_empty(0), lse_rows
-    # row j, key i -> their positions; what is no row gets zeros and lands on a dropped token's place
-    position = positions(token, cu_seqlens, S)
-    inverse = torch.argsort(position, dim=1)
-    probs = torch.where(is_row[:, None, :, None], probs, 0.0)
-    probs = torch.gather(probs, 2, inverse[:, None, :, None].expand_as(probs))
-    probs = torch.gather(probs, 3, inverse[:, None, None, :].expand_as(probs))
-    return context, probs, lse_rows
+__all__ = ["LOG2E", "LOWEST", "MAX_HEAD_DIM", "attention", "attention_cpu", "attention_ref", "attention_triton"]
 
 
 # Of a program, for all blocks of keys. K and V of the sequence's first row lie k_off and v_off from ptr; offsets within
@@ -89,18 +56,8 @@ Keys = namedtuple(
 # Where a program's probabilities go: to ptr + row_offsets + the key's position, found through token_ptr. The sequence's
 # rows begin at `start`, its tokens at first_token; in the map, those of its tokens that are no row are at `dropped`.
 Probs = namedtuple("Probs", "ptr row_offsets row_mask token_ptr start first_token S q_len dropped")
-
-
-@triton.jit
-def _load(ptrs, key_mask, d_mask, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
-    """A block of keys, values or bias, masked only where needed; then 0, since 0 * undefined memory may be NaN."""
-    if MASK_KEYS:
-        x = tl.load(ptrs, mask=key_mask & d_mask if MASK_D else key_mask, other=0.0)
-    elif MASK_D:
-        x = tl.load(ptrs, mask=d_mask, other=0.0)
-    else:
-        x = tl.load(ptrs)
-    return x
+# A program's dropout: keys of its head, and the counters of its rows, to which a key's index is added.
+Drop = namedtuple("Drop", "k0 k1 threshold rescale row_counters")
 
 
 @triton.jit
@@ -111,10 +68,10 @@ def _scores(
     cols = n + keys.cols
     is_key = cols[None, :] < keys.kv_len
     k_ptrs = keys.ptr + n * keys.stride_t + keys.k_offsets + keys.k_off
-    s = tl.dot(q, _load(k_ptrs, is_key, keys.d_mask[:, None], MASK_KEYS, MASK_D), input_precision=PRECISION)
+    s = tl.dot(q, load_block(k_ptrs, is_key, keys.d_mask[:, None], MASK_KEYS, MASK_D), input_precision=PRECISION)
     if HAS_BIAS:
         bias_ptrs = keys.bias_ptr + (keys.bias_offsets + cols[None, :] * keys.stride_bias_k)
-        s = s * scale + _load(bias_ptrs, is_key, is_key, MASK_KEYS, False).to(tl.float32)
+        s = s * scale + load_block(bias_ptrs, is_key, is_key, MASK_KEYS, False).to(tl.float32)
     if MASK_KEYS:
         s = tl.where(is_key, s, float("-inf"))
     return s
@@ -123,7 +80,7 @@ def _scores(
 @triton.jit
 def _values(n, keys, MASK_KEYS: tl.constexpr, MASK_D: tl.constexpr):
     v_ptrs = keys.ptr + n * keys.stride_t + keys.v_offsets + keys.v_off
-    return _load(v_ptrs, (n + keys.cols)[:, None] < keys.kv_len, keys.d_mask[None, :], MASK_KEYS, MASK_D)
+    return load_block(v_ptrs, (n + keys.cols)[:, None] < keys.kv_len, keys.d_mask[None, :], MASK_KEYS, MASK_D)
 
 
 @triton.jit
@@ -133,8 +90,16 @@ def _exp(s, shift, scale, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def _dropped(p, n, keys, drop, rescale):
+    """The probabilities of the key block at n after dropout."""
+    kept = dropout_kept(drop.row_counters + (n + keys.cols)[None, :], drop.k0, drop.k1, drop.threshold)
+    return tl.where(kept, p * rescale, 0.0)
+
+
+@triton.jit
 def _softmax_pass(
-    q, keys, scale, WITH_V: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr
+    q, keys, scale, drop, WITH_V: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Over all keys: WITH_V exponentials times V; maximum of the scaled scores; sum of the exponentials."""
     acc = tl.zeros(q.shape, tl.float32)
@@ -152,6 +117,8 @@ def _softmax_pass(
             alpha = _exp(row_max, new_max, 1.0, HAS_BIAS)
             row_sum = row_sum * alpha + tl.sum(p, 1)
             if WITH_V:
+                if HAS_DROPOUT:  # the sum is of all; what is kept is rescaled with it at the end
+                    p = _dropped(p, n, keys, drop, 1.0)
                 v = _values(n, keys, MASK_KEYS, MASK_D)
                 acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
             row_max = new_max
@@ -160,8 +127,8 @@ def _softmax_pass(
 
 @triton.jit
 def _probs_pass(
-    acc, shift, inv_sum, q, keys, scale, probs, MAPPED: tl.constexpr, FOLDED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
+    acc, shift, inv_sum, q, keys, scale, probs, drop, MAPPED: tl.constexpr, FOLDED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, MASK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Again over all keys: every column of the rows is stored, in place or (MAPPED) where its token is; and P V."""
     for MASK_KEYS in tl.static_range(2):
@@ -171,6 +138,8 @@ def _probs_pass(
             p = _exp(s, shift[:, None], scale, HAS_BIAS)
             if not FOLDED:
                 p *= inv_sum[:, None]
+            if HAS_DROPOUT:
+                p = _dropped(p, n, keys, drop, drop.rescale)
             p = p.to(probs.ptr.dtype.element_ty)
             cols = n + keys.cols
             at = cols
@@ -201,14 +170,14 @@ def _store_zeros(probs, first, row_mask, block_cols, MAPPED: tl.constexpr):
             tl.store(probs.ptr + (probs.row_offsets + at[None, :]), 0.0, mask=row_mask & mask[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "T"])
+@triton.jit(do_not_specialize=["B", "T", "site", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_kernel(
     qkv_ptr, stride_t, bias_ptr, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
-    token_ptr, cu_seqlens_ptr, kv_len_ptr, prefix_ptr, out_ptr, probs_ptr, lse_ptr,
-    B, S, T, kv_middle, scale,
+    token_ptr, cu_seqlens_ptr, kv_len_ptr, prefix_ptr, seed_ptr, out_ptr, probs_ptr, lse_ptr,
+    B, S, T, kv_middle, scale, site, threshold, rescale,
     H: tl.constexpr, D: tl.constexpr,  # heads and head_dim
-    WANT_PROBS: tl.constexpr, UNIFORM_EMPTY: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WANT_PROBS: tl.constexpr, UNIFORM_EMPTY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head of one sequence against all its keys."""
     follow_previous(PDL)
@@ -250,7 +219,13 @@ def _attention_kernel(
         ptr, -HALF, H * D - HALF, stride_t, kv_len // BLOCK_N * BLOCK_N, kv_len, cols, k_offsets, v_offsets, d_mask,
         bias_ptr, bias_offsets, stride_bias_k,
     )  # fmt: skip
-    acc, row_max, row_sum = _softmax_pass(q, keys, scale, not WANT_PROBS, HAS_BIAS, MASK_D, PRECISION)
+    k0, k1 = 0, 0
+    if HAS_DROPOUT:
+        k0, k1 = dropout_keys(seed_ptr, site, b * H + h)
+    drop = Drop(k0, k1, threshold, rescale, (rows * S)[:, None])
+    acc, row_max, row_sum = _softmax_pass(
+        q, keys, scale, drop, not WANT_PROBS, HAS_BIAS, HAS_DROPOUT, MASK_D, PRECISION
+    )
     lse = row_max + tl.math.log2(row_sum) / LOG2E if HAS_BIAS else (row_max + tl.math.log2(row_sum)) / LOG2E
     tl.store(lse_ptr + h.to(tl.int64) * T + start + rows, lse, mask=rows < q_len)
     inv_sum = 1.0 / tl.where(row_sum == 0, 1.0, row_sum)
@@ -265,102 +240,24 @@ def _attention_kernel(
         probs_ptr += (b * H + h).to(tl.int64) * S * S
         probs = Probs(probs_ptr, (at * S)[:, None], (rows < q_len)[:, None], token_ptr, start, b * S, S, q_len, dropped)
         if tl.load(prefix_ptr + b) != 0:  # right padding: contiguous stores, no gather of positions
-            acc = _probs_pass(acc, shift, inv_sum, q, keys, scale, probs, False, FOLDED, HAS_BIAS, MASK_D, PRECISION)
+            acc = _probs_pass(acc, shift, inv_sum, q, keys, scale, probs, drop, False, FOLDED, HAS_BIAS, HAS_DROPOUT, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         else:
-            acc = _probs_pass(acc, shift, inv_sum, q, keys, scale, probs, True, FOLDED, HAS_BIAS, MASK_D, PRECISION)
+            acc = _probs_pass(acc, shift, inv_sum, q, keys, scale, probs, drop, True, FOLDED, HAS_BIAS, HAS_DROPOUT, MASK_D, PRECISION)  # noqa: E501  # fmt: skip
         if (pid_m + 1) * BLOCK_M > q_len:  # the tokens that are no row: whole rows of zeros
             _store_zeros(probs, 0, ((rows >= q_len) & (rows < S))[:, None], cols, False)
     else:
-        acc *= inv_sum[:, None]
+        acc *= (inv_sum * rescale if HAS_DROPOUT else inv_sum)[:, None]
     out_ptrs = out_ptr + (start + rows).to(tl.int64)[:, None] * (H * D) + (h * D + d)[None, :]
     out_mask = (rows < q_len)[:, None] & d_mask[None, :] if MASK_D else (rows < q_len)[:, None]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def _check(
-    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, kv_len: torch.Tensor, heads: int, scale: float
-) -> tuple[int, int, int, int]:  # fmt: skip
-    """B, S, T and head_dim."""
-    T, B = token.shape[0], kv_len.shape[0]
-    if qkv.dim() != 2 or qkv.shape[0] != T or qkv.stride(1) != 1:
-        raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected ({T}, 3 * heads * D) with unit rows")
-    if heads < 1 or qkv.shape[1] % (3 * heads):
-        raise ValueError(f"attention: qkv has {qkv.shape[1]} columns, expected a multiple of 3 * heads = {3 * heads}")
-    D = qkv.shape[1] // (3 * heads)
-    if D > MAX_HEAD_DIM:
-        raise ValueError(f"attention: head_dim is {D}, expected at most {MAX_HEAD_DIM}")
-    if not scale > 0:  # the kernel takes the maximum of the scores before it scales them
-        raise ValueError(f"attention: scale is {scale}, expected a number above 0")
-    if B < 1 or T % B:
-        raise ValueError(f"attention: {T} tokens in {B} sequences, expected B * S")
-    S = T // B
-    if bias is not None:
-        full = (B, heads, S, S)
-        if bias.dim() != 4 or any(n not in (1, want) for n, want in zip(bias.shape, full, strict=True)):
-            raise ValueError(f"attention: bias has shape {tuple(bias.shape)}, expected one that broadcasts to {full}")
-    return B, S, T, D
-
-
-def attention_cpu(
-    qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
-    prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
-) -> Triple:  # fmt: skip
-    """torch's fused attention, all sequences at once where they are full, else one by one on their real rows."""
-    B, S, T, D = _check(qkv, bias, token, kv_len, heads, scale)
-    starts, keys = cu_seqlens.tolist(), kv_len.tolist()
-    q, k, v = qkv.view(B, S, 3, heads, D).permute(2, 0, 3, 1, 4)
-    lse, probs = qkv.new_empty(heads, T, dtype=torch.float32), qkv.new_empty(0)
-    if want_probs or bias is not None:
-        if starts[-1] < T or 0 in keys or not prefix.all():  # rows are not tokens, or uniform weights
-            return attention_ref(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty)
-        context, weights, sums = _with_probs(q, k, v, bias, keys, scale)
-        probs = weights if want_probs else probs
-    elif min(keys) == S:
-        context, sums = _flash(q, k, v, scale=scale)
-    else:
-        out = qkv.new_empty(T, heads * D)
-        for b, n in enumerate(keys):
-            rows = slice(starts[b], starts[b + 1])
-            if rows.start == rows.stop:  # no such sequence
-                continue
-            if n == 0 and not uniform_empty:
-                out[rows], lse[:, rows] = 0.0, float("-inf")
-                continue
-            q, k, v = qkv[rows].view(1, -1, 3, heads, D).permute(2, 0, 3, 1, 4)
-            context, sums = _flash(q, k[:, :, : n or S], v[:, :, : n or S], scale=scale if n else 0.0)
-            out[rows].view(1, -1, heads, D).copy_(context.transpose(1, 2))
-            lse[:, rows] = sums[0]
-        return out, probs, lse
-    lse.view(heads, B, S).copy_(sums.transpose(0, 1))
-    return context.transpose(1, 2).reshape(T, heads * D).contiguous(), probs, lse
-
-
-def _with_probs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, keys: list[int], scale: float
-) -> Triple:  # fmt: skip
-    """(context, probs, lse) of right-padded sequences (B, heads, S, D) with at least one key each."""
-    scores = (q @ k.transpose(2, 3)).mul_(scale)
-    if bias is not None:
-        scores = scores + bias
-    for b, n in enumerate(keys):
-        scores[b, :, :, n:] = float("-inf")
-    highest = scores.amax(-1)
-    probs = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    # the largest probability is exp(highest - lse): no second pass of exponentials
-    sums = highest.float() - probs.amax(-1).float().log()
-    if bias is not None:
-        dead = highest.isneginf()  # a row of nothing but -inf
-        probs, sums = probs.masked_fill(dead[..., None], 0.0), sums.masked_fill(dead, float("-inf"))
-    probs = probs.to(q.dtype)
-    return probs @ v, probs, sums
-
-
 def attention_triton(
     qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
     prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
-    config: TileConfig | None = None,
+    seed: torch.Tensor | None = None, site: int = 0, p: float = 0.0, config: TileConfig | None = None,
 ) -> Triple:  # fmt: skip
-    B, S, T, D = _check(qkv, bias, token, kv_len, heads, scale)
+    B, S, T, D = check(qkv, bias, token, kv_len, heads, scale, seed, p)
     out, probs, lse = _attention_fake(qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, False)
     op = "attention_probs" if want_probs or bias is not None else "attention"  # a bias, too, wants a smaller tile
     config = config or choose(op, "dim<=64" if D <= 64 else "dim<=128", qkv.dtype, capability(qkv.device))
@@ -371,9 +268,9 @@ def attention_triton(
         raise ValueError(f"attention: S={S}, expected qkv, bias and probabilities to span < 2**31 elements a head")
     with device_guard(qkv):
         _attention_kernel[(ceil_div(S, config.BLOCK_M) * B, heads)](
-            qkv, qkv.stride(0), bias, *bias_strides, token, cu_seqlens, kv_len, prefix, out, probs, lse,
-            B, S, T, heads * D + heads * D // 32 * 16, scale, H=heads, D=D,
-            WANT_PROBS=want_probs, UNIFORM_EMPTY=uniform_empty, HAS_BIAS=bias is not None,
+            qkv, qkv.stride(0), bias, *bias_strides, token, cu_seqlens, kv_len, prefix, seed if p else None, out,
+            probs, lse, B, S, T, heads * D + heads * D // 32 * 16, scale, site, threshold(p), rescale(p), H=heads, D=D,
+            WANT_PROBS=want_probs, UNIFORM_EMPTY=uniform_empty, HAS_BIAS=bias is not None, HAS_DROPOUT=p > 0,
             PRECISION=dot_precision(qkv.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_D=max(16, next_power_of_2(D)),
             num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(), **config.register_limit(),
@@ -384,17 +281,36 @@ def attention_triton(
 def _attention_fake(
     qkv: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, cu_seqlens: torch.Tensor, kv_len: torch.Tensor,
     prefix: torch.Tensor, heads: int, scale: float, want_probs: bool, uniform_empty: bool,
+    seed: torch.Tensor | None = None, site: int = 0, p: float = 0.0,
 ) -> Triple:  # fmt: skip
     T, B = qkv.shape[0], kv_len.shape[0]
     probs = qkv.new_empty((B, heads, T // B, T // B) if want_probs else 0)
     return qkv.new_empty(T, qkv.shape[1] // 3), probs, qkv.new_empty(heads, T, dtype=torch.float32)
 
 
+def _gradient(
+    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+) -> Grads:
+    d_context, d_probs, d_lse = grads
+    needs = [*needs, *[False] * (len(inputs) - len(needs))]  # arguments left at their defaults
+    if d_lse is not None:  # which no model reads
+        return tuple(gradients_of(attention_ref, inputs, needs, grads))
+    qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty, seed, site, p = inputs
+    d_qkv, d_bias = attention_backward(
+        d_context, d_probs if want_probs else None, qkv, bias, outputs[0], outputs[2], token, cu_seqlens, kv_len,
+        prefix, heads, scale, uniform_empty, seed, site, p, needs[1],
+    )  # fmt: skip
+    return (d_qkv if needs[0] else None, d_bias if needs[1] else None, *[None] * (len(inputs) - 2))
+
+
 attention = register(
     "attention(Tensor qkv, Tensor? bias, Tensor token, Tensor cu_seqlens, Tensor kv_len, Tensor prefix, int heads,"
-    " float scale, bool want_probs, bool uniform_empty) -> (Tensor, Tensor, Tensor)",
+    " float scale, bool want_probs, bool uniform_empty, Tensor? seed=None, int site=0, float p=0.0)"
+    " -> (Tensor, Tensor, Tensor)",
     ref=attention_ref,
     cpu=attention_cpu,
     cuda=attention_triton,
     fake=_attention_fake,
+    gradient=_gradient,
+    saved_outputs=(0, 2),
 )

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 ROW_CLASSES = (32, 128, 512, 1024, 2048, 8192)  # capacities up to these, and above
+GRADIENT_ROWS = (1024, 8192)
 NARROW = 1024  # columns up to which a product is narrow
 LONG = 1024  # inner dimension above which a narrow product is long
 FOLDER = Path(__file__).parent
@@ -64,6 +65,12 @@ def gemm_class(rows: int, columns: int, inner: int) -> str:
     """Shape class of a product of x (rows, inner) to `columns` columns, those of all its weights together."""
     form = "wide" if columns > NARROW else "narrow-long" if inner > LONG else "narrow"
     return f"{row_class(rows)} {form}"
+
+
+def gradient_class(rows: int) -> str:
+    """Shape class of the products of the backward: training has many rows, so by these alone."""
+    few, many = GRADIENT_ROWS
+    return f"rows<={few}" if rows <= few else f"rows<={many}" if rows <= many else f"rows>{many}"
 
 
 def dtype_class(dtype: torch.dtype) -> str:

@@ -1,14 +1,14 @@
-"""Dropout by counter: whether an element is kept is a function of (seed, site, block, counter), drawn again in backward.
+"""Dropout by counter: whether an element is kept is a function of (seed, site, block, counter).
 
-No mask is stored. `seed` is one int64 number of a forward, on the device (`make_seed`); `site` names the dropout (which
-layer, which place); `block` and `counter` the element: for rows block 0 and token * N + column, for attention weights
-block b * heads + h and i * S + j, i and j counted in packed rows of the sequence. So a token draws the same numbers
-whatever padding there is and whether its rows are skipped or not.
+No mask is stored, backward draws the same numbers again. `seed` is one int64 number of a forward, on the device
+(`make_seed`); `site` names the dropout (which layer, which place); `block` and `counter` the element: for rows block 0
+and token * N + column, for attention weights block b * heads + h and i * S + j, i and j counted in packed rows of the
+sequence. So a token draws the same numbers whatever padding there is and whether its rows are skipped or not.
 
-Philox4x32-10 (Salmon et al. 2011) of (seed; site, block) makes two 32-bit keys, once a program. An element then takes a
-keyed 32-bit permutation of its counter (three rounds of xor-shift and multiply, the constants of Wellons' triple32) and
-is kept where the result is not below p * 2^32: 10 integer instructions, where Philox itself would take 80 and would cost
-an attention kernel more than its products do. With two rounds, neighbours are visibly correlated over 10^7 draws.
+Philox4x32-10 (Salmon et al. 2011) of (seed; site, block) makes two 32-bit keys, once a program. An element then takes
+a keyed 32-bit permutation of its counter (three rounds of xor-shift and multiply, the constants of Wellons' triple32)
+and is kept where the result is not below p * 2^32: 10 integer instructions, where Philox itself would take 80 and would
+cost an attention kernel more than its products do. With two rounds, neighbours are visibly correlated over 10^7 draws.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _M3 = tl.constexpr(0x31848BAB)
 
 
 def make_seed(device: torch.device) -> torch.Tensor:
-    """int64 (1,) from torch's generator of `device`: manual_seed, checkpointing and graph capture see ordinary draws."""
+    """int64 (1,) from torch's generator of `device`: manual_seed, checkpointing and captures see an ordinary draw."""
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
@@ -47,7 +47,7 @@ def check_dropout(op: str, seed: torch.Tensor | None, p: float, device: torch.de
         raise ValueError(f"{op}: seed is {got}, expected one int64 number on {device} for p = {p}")
 
 
-def philox(seed: int, c0: torch.Tensor, c1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def philox(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First two words of Philox4x32-10 at the counter (c0, c1, 0, 0); int64 tensors that hold uint32."""
     c2, c3 = torch.zeros_like(c0 + c1), torch.zeros_like(c0 + c1)
     k0, k1 = seed & _U32, seed >> 32 & _U32
@@ -66,8 +66,7 @@ def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def kept_ref(seed: torch.Tensor, site: int, block: torch.Tensor, counter: torch.Tensor, p: float) -> torch.Tensor:
     """Bool mask of the broadcast shape of block and counter (int64)."""
-    number = int(seed)
-    k0, k1 = philox(number, torch.full_like(block, site), block)
+    k0, k1 = philox(seed.reshape(()), torch.full_like(block, site), block)
     x = counter + k0 & _U32
     x = (x ^ x >> 17) * _value(_M1) & _U32
     x = (x ^ x >> 11 ^ k1) * _value(_M2) & _U32

@@ -2,18 +2,26 @@
 
 Row r is the token `token[r]`; the sum and the statistics are fp32 (transformers rounds the two sums to the model's
 dtype). An index outside its table reads nothing and makes the row NaN: never a wrong row that looks right.
+Dropout, where there is any, comes after the LayerNorm.
 Source of the operation: transformers BertEmbeddings.forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from bert_fast.kernels.dropout import check_dropout, dropout_rows_ref, rescale, threshold
+from bert_fast.kernels.embed_layer_norm_backward import embed_layer_norm_backward, table_gradient
+from bert_fast.kernels.layer_norm_backward import output_gradient
 from bert_fast.kernels.linear import used_rows
-from bert_fast.kernels.registry import register
+from bert_fast.kernels.registry import Grads, register
 from bert_fast.kernels.residual_layer_norm import (
     Pair,
+    _drop,
     _layer_norm,
     _store,
     _store_dropped,
@@ -28,13 +36,14 @@ def embed_layer_norm_ref(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
     position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
-    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
+    p: float = 0.0,
 ) -> Pair:  # fmt: skip
     """input_ids (B, S) or inputs_embeds (B, S, N), exactly one; token_type_ids, position_ids (B, S), strides of 0 fine.
 
     word (V, N), token_type (types, N), position (P, N) tables; weight, bias (N,); padding_idx: the word row
-    that gets no gradient, or -1; token int32 (B*S,), n_rows int32
-    (1,) or None (all). Returns (rows (B*S, N), padded (B*S, N)), empty where not wanted.
+    that gets no gradient, or -1; token int32 (B*S,), n_rows int32 (1,) or None (all); seed, site, p:
+    kernels/dropout.py. Returns (rows (B*S, N), padded (B*S, N)), empty where not wanted.
     """
     index = token[: used_rows(token, n_rows)].long()
     if inputs_embeds is None:
@@ -44,7 +53,7 @@ def embed_layer_norm_ref(
         h = inputs_embeds.reshape(-1, word.shape[1])[index]
     h = h + F.embedding(token_type_ids.reshape(-1)[index], token_type)
     h = h + F.embedding(position_ids.reshape(-1)[index], position)
-    y = F.layer_norm(h, (word.shape[1],), weight, bias, eps)
+    y = dropout_rows_ref(F.layer_norm(h, (word.shape[1],), weight, bias, eps), token, seed, site, p)
     rows = F.pad(y, (0, 0, 0, token.shape[0] - len(index))) if want_rows else y.new_empty(0)
     return rows, to_padded(y, token, len(index)) if want_padded else y.new_empty(0)
 
@@ -59,16 +68,18 @@ def _gather(table_ptr, index, size, cols, N):
 
 
 @triton.jit(
-    do_not_specialize=["S", "stride_ids_b", "stride_types_b", "stride_positions_b", "stride_embeds_b"],
-    do_not_specialize_on_alignment=["n_rows_ptr"],
+    do_not_specialize=[
+        *("S", "stride_ids_b", "stride_types_b", "stride_positions_b", "stride_embeds_b", "site", "threshold"),
+    ],
+    do_not_specialize_on_alignment=["n_rows_ptr", "seed_ptr"],
 )
 def _embed_layer_norm_kernel(
     ids_ptr, stride_ids_b, stride_ids_s, embeds_ptr, stride_embeds_b, stride_embeds_s, stride_embeds_n,
     types_ptr, stride_types_b, stride_types_s, positions_ptr, stride_positions_b, stride_positions_s,
     word_ptr, type_ptr, position_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr,
-    S, N, n_words, n_types, n_positions, eps,
-    HAS_IDS: tl.constexpr, HAS_N_ROWS: tl.constexpr, WANT_ROWS: tl.constexpr, WANT_PADDED: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+    seed_ptr, S, N, n_words, n_types, n_positions, eps, site, threshold, rescale,
+    HAS_IDS: tl.constexpr, HAS_N_ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr, WANT_ROWS: tl.constexpr,
+    WANT_PADDED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     follow_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -89,6 +100,8 @@ def _embed_layer_norm_kernel(
         at = tl.load(positions_ptr + b * stride_positions_b + s * stride_positions_s)
         h += _gather(position_ptr, at, n_positions, cols, N)
         y = _layer_norm(tl.where(cols < N, h, 0.0), weight_ptr, bias_ptr, cols, N, eps)
+        if HAS_DROPOUT:
+            y = _drop(y, seed_ptr, site, threshold, rescale, token.to(tl.int64), cols, N)
         _store(y, rows_ptr, padded_ptr, token_ptr, row, cols, N, WANT_ROWS, WANT_PADDED)
     else:
         _store_dropped(padded_ptr, token_ptr, row, cols, N, WANT_PADDED)
@@ -122,14 +135,16 @@ def embed_layer_norm_cpu(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
     position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
-    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
+    p: float = 0.0,
 ) -> Pair:  # fmt: skip
     tables = {"token_type": token_type, "position": position}
     indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
     _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
+    check_dropout("embed_layer_norm", seed, p, word.device)
     return embed_layer_norm_ref(
         input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, weight, bias, eps,
-        padding_idx, token, n_rows, want_rows, want_padded,
+        padding_idx, token, n_rows, want_rows, want_padded, seed, site, p,
     )  # fmt: skip
 
 
@@ -137,11 +152,13 @@ def embed_layer_norm_triton(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
     position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
-    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
+    p: float = 0.0,
 ) -> Pair:  # fmt: skip
     tables = {"token_type": token_type, "position": position}
     indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
     _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
+    check_dropout("embed_layer_norm", seed, p, word.device)
     T, N, S = token.shape[0], word.shape[1], token_type_ids.shape[1]
     rows, padded = word.new_empty((T, N) if want_rows else 0), word.new_empty((T, N) if want_padded else 0)
     BLOCK_N = next_power_of_2(N)
@@ -151,9 +168,10 @@ def embed_layer_norm_triton(
             inputs_embeds, *((0, 0, 0) if inputs_embeds is None else inputs_embeds.stride()),
             token_type_ids, *token_type_ids.stride(), position_ids, *position_ids.stride(),
             word, token_type, position, weight.contiguous(), bias.contiguous(), rows, padded, token, n_rows,
-            S, N, word.shape[0], token_type.shape[0], position.shape[0], eps,
-            HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, WANT_ROWS=want_rows,
-            WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N), **launch_options(),
+            seed if p else None, S, N, word.shape[0], token_type.shape[0], position.shape[0], eps, site, threshold(p),
+            rescale(p), HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, HAS_DROPOUT=p > 0,
+            WANT_ROWS=want_rows, WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N),
+            **launch_options(),
         )  # fmt: skip
     return rows, padded
 
@@ -162,18 +180,44 @@ def _embed_layer_norm_fake(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
     position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
-    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool,
+    n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
+    p: float = 0.0,
 ) -> Pair:  # fmt: skip
     shape = (token.shape[0], word.shape[1])
     return word.new_empty(shape if want_rows else 0), word.new_empty(shape if want_padded else 0)
 
 
+def _gradient(
+    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
+) -> Grads:
+    ids, embeds, types, positions, word, token_type, position, weight, _, eps, padding_idx, token, n_rows = inputs[:13]
+    dy, dy_padded = output_gradient(grads, *inputs[13:15], token)
+    if dy is None:
+        return (None,) * len(inputs)
+    dh, d_weight, d_bias = embed_layer_norm_backward(
+        dy, dy_padded, ids, embeds, types, positions, word, token_type, position, weight, eps, token, n_rows,
+        *inputs[15:],
+    )  # fmt: skip
+    found: list[torch.Tensor | None] = [None] * len(inputs)
+    found[7:9] = d_weight, d_bias
+    if embeds is not None:
+        found[1] = dh.view(embeds.shape).to(embeds.dtype)
+    # a table that the sum did not read (word, with inputs_embeds) has no gradient
+    tables = (4, ids, word, padding_idx), (5, types, token_type, -1), (6, positions, position, -1)
+    for at, index, table, skipped in tables:
+        if needs[at] and index is not None:
+            found[at] = table_gradient(dh, index, table, skipped)
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+
+
 embed_layer_norm = register(
     "embed_layer_norm(Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids,"
     " Tensor word, Tensor token_type, Tensor position, Tensor weight, Tensor bias, float eps, int padding_idx,"
-    " Tensor token, Tensor? n_rows, bool want_rows, bool want_padded) -> (Tensor, Tensor)",
+    " Tensor token, Tensor? n_rows, bool want_rows, bool want_padded, Tensor? seed=None, int site=0, float p=0.0)"
+    " -> (Tensor, Tensor)",
     ref=embed_layer_norm_ref,
     cpu=embed_layer_norm_cpu,
     cuda=embed_layer_norm_triton,
     fake=_embed_layer_norm_fake,
+    gradient=_gradient,
 )

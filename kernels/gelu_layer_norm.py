@@ -6,11 +6,15 @@ Source of the operation: transformers BertPredictionHeadTransform.forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from bert_fast.kernels.activation import TORCH, activate, check_activation
-from bert_fast.kernels.registry import register
+from bert_fast.kernels.gelu_layer_norm_backward import gelu_layer_norm_backward
+from bert_fast.kernels.registry import Grads, register
 from bert_fast.kernels.residual_layer_norm import _layer_norm, check_layer_norm, num_warps
 from bert_fast.kernels.runtime import device_guard, follow_previous, launch_options, next_power_of_2, tl, triton
 
@@ -71,10 +75,19 @@ def _gelu_layer_norm_fake(
     return x.new_empty(x.shape)
 
 
+def _gradient(
+    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
+) -> Grads:
+    x, weight, _, eps, act = inputs
+    found = gelu_layer_norm_backward(grads[0], x, weight, eps, act)
+    return (*(g if need else None for g, need in zip(found, needs, strict=False)), None, None)
+
+
 gelu_layer_norm = register(
     "gelu_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, str act) -> Tensor",
     ref=gelu_layer_norm_ref,
     cpu=gelu_layer_norm_cpu,
     cuda=gelu_layer_norm_triton,
     fake=_gelu_layer_norm_fake,
+    gradient=_gradient,
 )

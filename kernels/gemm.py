@@ -35,6 +35,11 @@ from bert_fast.kernels.runtime import (
 GROUP_M = 8  # row tiles walked before the next column of tiles
 
 
+def used_rows(x: torch.Tensor, n_rows: torch.Tensor | None) -> int:
+    """Rows in use, on the host. Free on CPU; on CUDA it would synchronise, so only references call it there."""
+    return x.shape[0] if n_rows is None else int(n_rows.item())
+
+
 @triton.jit
 def _tile(tile_id, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     group_size = GROUP_M * tiles_n
@@ -69,8 +74,8 @@ def _of_part(part, p0, p1, p2, PARTS: tl.constexpr):
 
 @triton.jit
 def _walk_descriptors(
-    x_desc, w_desc, bias_ptr, y_desc, M, N, K,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
+    x_desc, w_desc, bias_ptr, y_desc, pre_desc, M, N, K,
+    HAS_BIAS: tl.constexpr, WANT_PRE: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -84,7 +89,13 @@ def _walk_descriptors(
             left += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             cols += BLOCK_N // 2
             right += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        if WANT_PRE:  # the activation of what is stored, which the backward will read
+            pre_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], left.to(DTYPE))
+            left = left.to(DTYPE).to(tl.float32)
         y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], activate(left, ACT, False).to(DTYPE))
+        if WANT_PRE:
+            pre_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], right.to(DTYPE))
+            right = right.to(DTYPE).to(tl.float32)
         y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], activate(right, ACT, False).to(DTYPE))
 
 
@@ -93,10 +104,11 @@ def _walk_descriptors(
 def _gemm_pointer_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr,
     y_ptr,  # (M, PARTS * N); with SPLIT_K > 1 the parts of the sums, fp32 (SPLIT_K, M, N), without bias and activation
+    pre_ptr,  # like y, of one part: what the activation is taken of, where WANT_PRE
     n_rows_ptr,  # int32 (1,): rows in use, read on the device; absent: all M
     M, N, K, stride_x, stride_w, stride_y,
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT_K: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, WANT_PRE: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one part, or 1 / SPLIT_K of the inner dimension of one tile."""
@@ -135,18 +147,22 @@ def _gemm_pointer_kernel(
     elif HAS_BIAS:
         bias_ptr = _of_part(part, b0_ptr, b1_ptr, b2_ptr, PARTS)
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    at = rows.to(tl.int64)[:, None] * stride_y + (part * N + cols)[None, :]
+    if WANT_PRE:  # the activation of what is stored, which the backward will read
+        pre = acc.to(pre_ptr.dtype.element_ty)
+        tl.store(pre_ptr + at, pre, mask=mask)
+        acc = pre.to(tl.float32)
     out = activate(acc, ACT, y_ptr.dtype.element_ty == tl.float32)
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + (part * N + cols)[None, :]
-    tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + at, out.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["n_rows_ptr"])
 def _gemm_tma_kernel(
     x_desc, w0_desc, w1_desc, w2_desc, b0_ptr, b1_ptr, b2_ptr,
     y0_desc, y1_desc, y2_desc,  # each part's columns of the output: stores are clipped at N
-    n_rows_ptr, M, N, K,
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    pre_desc, n_rows_ptr, M, N, K,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_N_ROWS: tl.constexpr, WANT_PRE: tl.constexpr, ACT: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """As many programs a part as there are SMs to share: each walks over tiles."""
@@ -156,13 +172,13 @@ def _gemm_tma_kernel(
     part = tl.program_id(1)
     # a descriptor is a kernel parameter and cannot be selected at run time: one tile loop per part
     if part == 0:
-        _walk_descriptors(x_desc, w0_desc, b0_ptr, y0_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+        _walk_descriptors(x_desc, w0_desc, b0_ptr, y0_desc, pre_desc, M, N, K, HAS_BIAS, WANT_PRE, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
     if PARTS > 1:
         if part == 1:
-            _walk_descriptors(x_desc, w1_desc, b1_ptr, y1_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+            _walk_descriptors(x_desc, w1_desc, b1_ptr, y1_desc, None, M, N, K, HAS_BIAS, False, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
     if PARTS > 2:
         if part == 2:
-            _walk_descriptors(x_desc, w2_desc, b2_ptr, y2_desc, M, N, K, HAS_BIAS, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
+            _walk_descriptors(x_desc, w2_desc, b2_ptr, y2_desc, None, M, N, K, HAS_BIAS, False, ACT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)  # noqa: E501  # fmt: skip
 
 
 def check_linear(op: str, x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
@@ -211,6 +227,10 @@ def programs(config: TileConfig, M: int, N: int, parts: int, device: torch.devic
     return max(1, min(ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N), num_sms(device) // parts))
 
 
+def triton_type(dtype: torch.dtype) -> Any:
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
 def tile_options(config: TileConfig) -> dict[str, Any]:
     """What every kernel over tiles takes of its configuration."""
     return {
@@ -233,8 +253,11 @@ def gemm_triton(
     act: str,
     config: TileConfig | None = None,
     may_split: bool = False,
+    pre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch on x (T, K): one to three (N, K) weights, to (T, len(weights) * N). Rows past n_rows are undefined.
+
+    pre: dense (T, N), which then gets the numbers before the activation; for one weight.
 
     may_split: where the tile splits the inner dimension, return the parts of the sums instead, fp32 (SPLIT_K, T, N),
     to which the bias is yet to be added. Elsewhere the tile's SPLIT_K is 1.
@@ -260,6 +283,7 @@ def gemm_triton(
         "PARTS": parts,
         "HAS_BIAS": b0 is not None,
         "HAS_N_ROWS": n_rows is not None,
+        "WANT_PRE": pre is not None,
         "ACT": act,
         **tile_options(config),
     }
@@ -269,14 +293,15 @@ def gemm_triton(
             x_desc = TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K])
             w_descs = [TensorDescriptor.from_tensor(w, [config.BLOCK_N, config.BLOCK_K]) for w in weights]
             y_descs = [TensorDescriptor.from_tensor(c, [config.BLOCK_M, config.BLOCK_N // 2]) for c in y.split(N, 1)]
-            dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+            pre_desc = None if pre is None else TensorDescriptor.from_tensor(pre, [config.BLOCK_M, config.BLOCK_N // 2])
             _gemm_tma_kernel[grid](
-                x_desc, *w_descs, *absent, b0, b1, b2, *y_descs, *absent, n_rows, M, N, K, DTYPE=dtype, **shared
-            )
+                x_desc, *w_descs, *absent, b0, b1, b2, *y_descs, *absent, pre_desc, n_rows, M, N, K,
+                DTYPE=triton_type(x.dtype), **shared,
+            )  # fmt: skip
         else:
             tiles = ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N)
             _gemm_pointer_kernel[tiles, parts, split](
-                x, *weights, *absent, b0, b1, b2, y, n_rows, M, N, K,
+                x, *weights, *absent, b0, b1, b2, y, pre, n_rows, M, N, K,
                 x.stride(0), weights[0].stride(0), y.stride(-2),
                 PRECISION=dot_precision(x.dtype), SPLIT_K=split, **shared,
             )  # fmt: skip

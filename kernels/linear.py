@@ -5,16 +5,16 @@ The product runs in kernels/gemm.py. fp32 on a GPU goes to torch's own GEMM, whi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from bert_fast.kernels.gemm import check_linear, gemm_triton
-from bert_fast.kernels.registry import register
-
-
-def used_rows(x: torch.Tensor, n_rows: torch.Tensor | None) -> int:
-    """Rows in use, on the host. Free on CPU; on CUDA it would synchronise, so only references call it there."""
-    return x.shape[0] if n_rows is None else int(n_rows.item())
+from bert_fast.kernels.gemm import check_linear, gemm_triton, used_rows
+from bert_fast.kernels.grad_input import grad_input
+from bert_fast.kernels.grad_weight import column_sums, grad_weight
+from bert_fast.kernels.registry import Grads, register
 
 
 def linear_ref(
@@ -74,10 +74,43 @@ def _linear_fake(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def product_gradients(
+    needs: Sequence[bool], dy: torch.Tensor, x: torch.Tensor, weights: Sequence[torch.Tensor],
+    n_rows: torch.Tensor | None,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """Gradients of x, the weights and the biases of products side by side; needs: of these, in this order."""
+    N, parts = weights[0].shape[0], len(weights)
+    want = needs[1 : 1 + parts], needs[1 + parts :]
+    wanted = [i for i in range(parts) if want[0][i] or want[1][i]]
+    d_weights: list[torch.Tensor | None] = [None] * parts
+    d_biases: list[torch.Tensor | None] = [None] * parts
+    if wanted:
+        first, end = wanted[0], wanted[-1] + 1  # a part in between that nobody needs is rare and not worth a launch
+        columns = dy[:, first * N : end * N]
+        if any(want[0]):
+            dw, db = grad_weight(columns, x, n_rows, any(want[1]))
+            d_weights[first:end] = dw.split(N)
+        else:
+            db = column_sums(columns, n_rows)
+        if any(want[1]):
+            d_biases[first:end] = db.split(N)
+    dx = grad_input(dy, *weights, *[None] * (3 - parts), None, n_rows) if needs[0] else None
+    return [g if need else None for g, need in zip((dx, *d_weights, *d_biases), needs, strict=True)]
+
+
+def _gradient(
+    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
+) -> Grads:
+    (x, weight, _, n_rows), (dy,) = inputs, grads
+    assert dy is not None
+    return (*product_gradients(needs[:3], dy, x, [weight], n_rows), None)
+
+
 linear = register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? n_rows) -> Tensor",
     ref=linear_ref,
     cpu=linear_cpu,
     cuda=_linear_cuda,
     fake=_linear_fake,
+    gradient=_gradient,
 )

@@ -5,12 +5,15 @@ y (B, N) = tanh(hidden[:, 0] @ weight^T + bias), accumulated in fp32. Bytes: N *
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from bert_fast.kernels.activation import tanh
 from bert_fast.kernels.configs import TileConfig, choose
-from bert_fast.kernels.registry import register
+from bert_fast.kernels.registry import Grads, register
 from bert_fast.kernels.runtime import (
     capability,
     ceil_div,
@@ -20,6 +23,7 @@ from bert_fast.kernels.runtime import (
     launch_options,
     tl,
     triton,
+    without_autocast,
 )
 
 
@@ -89,10 +93,31 @@ def _pool_fake(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
     return hidden.new_empty(hidden.shape[0], weight.shape[0])
 
 
+def _gradient(
+    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
+) -> Grads:
+    """Products of B rows: torch's own. y is saved: tanh'(x) = 1 - y^2."""
+    (hidden, weight, bias), (y,), (dy,) = inputs, outputs, grads
+    assert dy is not None
+    wide = torch.promote_types(y.dtype, torch.float32)
+    d_pre = dy.to(wide) * (1 - y.to(wide) ** 2)
+    d_hidden = d_weight = None
+    with without_autocast(hidden.device.type):
+        low = d_pre.to(y.dtype)
+        if needs[0]:
+            d_hidden = hidden.new_zeros(hidden.shape)
+            d_hidden[:, 0] = low @ weight
+        if needs[1]:
+            d_weight = low.t() @ hidden[:, 0]
+    return d_hidden, d_weight, d_pre.sum(0).to(bias.dtype) if needs[2] else None
+
+
 pool = register(
     "pool(Tensor hidden, Tensor weight, Tensor bias) -> Tensor",
     ref=pool_ref,
     cpu=pool_cpu,
     cuda=pool_triton,
     fake=_pool_fake,
+    gradient=_gradient,
+    saved_outputs=(0,),
 )

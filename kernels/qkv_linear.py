@@ -7,11 +7,14 @@ Source of the operation: transformers BertSelfAttention.forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from bert_fast.kernels.gemm import check_linear, gemm_triton
-from bert_fast.kernels.linear import linear_into, linear_ref, used_rows
-from bert_fast.kernels.registry import register
+from bert_fast.kernels.gemm import check_linear, gemm_triton, used_rows
+from bert_fast.kernels.linear import linear_into, linear_ref, product_gradients
+from bert_fast.kernels.registry import Grads, register
 
 Bias = torch.Tensor | None
 
@@ -69,6 +72,17 @@ def _qkv_linear_fake(
     return x.new_empty(x.shape[0], (2 if wq is None else 3) * wk.shape[0])
 
 
+def _gradient(
+    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
+) -> Grads:
+    (x, wq, wk, wv, *_, n_rows), (dy,) = inputs, grads
+    assert dy is not None
+    if wq is None:
+        dx, dk, dv, dbk, dbv = product_gradients([needs[i] for i in (0, 2, 3, 5, 6)], dy, x, [wk, wv], n_rows)
+        return dx, None, dk, dv, None, dbk, dbv, None
+    return (*product_gradients(needs[:7], dy, x, [wq, wk, wv], n_rows), None)
+
+
 qkv_linear = register(
     "qkv_linear(Tensor x, Tensor? wq, Tensor wk, Tensor wv, Tensor? bq, Tensor? bk, Tensor? bv, Tensor? n_rows)"
     " -> Tensor",
@@ -76,4 +90,5 @@ qkv_linear = register(
     cpu=qkv_linear_cpu,
     cuda=_qkv_linear_cuda,
     fake=_qkv_linear_fake,
+    gradient=_gradient,
 )

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bert_fast.kernels.runtime import without_autocast
+
 NAMESPACE = "bert_fast"
 Grads = tuple[torch.Tensor | None, ...]
 # (which inputs need a gradient, inputs, outputs, gradients of the outputs or None) -> gradients of the inputs or None
@@ -69,10 +71,16 @@ def _autograd_of(ref: Callable[..., Any], gradient: Gradient | None, saved_outpu
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.others, strict=True)]
         inputs, outputs = args[: ctx.n_inputs], args[ctx.n_inputs :]
-        needs, create_graph = ctx.needs_input_grad, torch.is_grad_enabled()
+        # torch does not count trailing arguments that were left at their defaults
+        needs = (*ctx.needs_input_grad, *[False] * (len(inputs) - len(ctx.needs_input_grad)))
+        create_graph = torch.is_grad_enabled()
         if gradient is None or create_graph:
             return tuple(gradients_of(ref, inputs, needs, grads, create_graph))
-        return gradient(needs, inputs, outputs, grads) if any(g is not None for g in grads) else (None,) * len(inputs)
+        used = next((g for g in grads if g is not None), None)
+        if used is None:
+            return (None,) * len(inputs)
+        with without_autocast(used.device.type):
+            return gradient(needs, inputs, outputs, grads)
 
     return setup, backward
 

@@ -38,7 +38,7 @@ except ImportError:  # macOS, Windows, or a torch without its Triton
 
 __all__ = ["HAS_TRITON", "TensorDescriptor", "ceil_div", "dependent_launches", "device_guard", "dot_precision"]
 __all__ += ["follow_previous", "launch_options", "next_power_of_2", "num_sms", "supports_tma", "tl", "triton"]
-__all__ += ["unsupported_reason"]
+__all__ += ["unsupported_reason", "without_autocast"]
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 INTERPRETER_SMS = 3  # programs of a persistent grid on CPU tensors: few, and no divisor of typical tile counts
@@ -95,6 +95,13 @@ def unsupported_reason(device: torch.device) -> str | None:
 def device_guard(x: torch.Tensor) -> Any:
     """Context manager under which a kernel for `x` is launched: Triton launches on the *current* device."""
     return torch.cuda.device_of(x)
+
+
+def without_autocast(device_type: str) -> Any:
+    """Context manager in which torch's own operators take their arguments as they come."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 # The two instructions of programmatic dependent launch; Triton's interpreter and AMD's backend have none.

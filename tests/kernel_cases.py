@@ -79,8 +79,8 @@ def biases(B: int, H: int, S: int, dtype: torch.dtype) -> dict[str, torch.Tensor
 
 T, K, N, H, B, S = 6, 8, 12, 2, 2, 3  # T = B * S
 ROWS = 4  # of T, where rows are counted on the device
-OPS = ("pack", "linear", "linear_gelu", "qkv_linear", "attention", "residual_layer_norm", "gelu_layer_norm")
-OPS += ("embed_layer_norm", "pool", "linear_layer_norm", "first_rows", "first_token_attention")
+OPS = ("pack", "linear", "linear_gelu", "linear_gelu_pre", "qkv_linear", "attention", "residual_layer_norm")
+OPS += ("gelu_layer_norm", "embed_layer_norm", "pool", "linear_layer_norm", "first_rows", "first_token_attention")
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])  # skip makes 5 rows of it
 ONES = torch.ones(B, S)
 
@@ -98,7 +98,7 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
     full, skip, everything = pack_ref(MASK, False), pack_ref(MASK if rows < T else ONES, True), pack_ref(ONES, False)
     ids, types, positions = torch.tensor([[4, 0, 9], [1, 1, 3]]), torch.tensor([[0, 1, 1]] * 2), torch.arange(S)
     tables = leaf(10, K), leaf(2, K), leaf(S, K)
-    index = types, positions.expand(B, S)
+    index, seed = (types, positions.expand(B, S)), torch.tensor([2**40 + 7])
     return {
         "pack": {
             "exact": (MASK, False, None),
@@ -110,6 +110,11 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
             "plain": (x, weight, None, None, "silu"),
             "all": (x, weight, bias, n, "gelu"),
             "tanh": (x, weight, bias, None, "gelu_tanh"),
+        },
+        "linear_gelu_pre": {
+            "plain": (x, weight, None, None, "silu"),
+            "all": (x, weight, bias, n, "gelu"),
+            "none": (x, weight, bias, None, "none"),
         },
         "qkv_linear": {
             "plain": (x, *three, None, None, None, None),
@@ -130,6 +135,8 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
             "padded": (x, leaf(T, K, seed=1), gamma, beta, 1e-5, skip[0], n, False, True),
             "both": (x, leaf(T, K, seed=1), gamma, beta, 1e-5, skip[0], None, True, True),
             "twice": (x, x, gamma, beta, 1e-5, None, None, True, False),  # its own residual
+            "dropout": (x, leaf(T, K, seed=1), gamma, beta, 1e-5, None, None, True, False, seed, 3, 0.4),
+            "dropped padded": (x, leaf(T, K, seed=1), gamma, beta, 1e-5, skip[0], n, True, True, seed, 3, 0.4),
         },
         "gelu_layer_norm": {"erf": (x, gamma, beta, 1e-5, "gelu"), "relu": (x, gamma, beta, 1e-5, "relu")},
         "embed_layer_norm": {
@@ -137,6 +144,9 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
             "embeds": (
                 *(None, leaf(B, S, K), *index, tables[0].detach(), *tables[1:], gamma, beta, 1e-5, -1),
                 *(skip[0], skip[1][-1:], True, True),
+            ),
+            "dropout": (
+                *(ids, None, *index, *tables, gamma, beta, 1e-5, 0, skip[0], skip[1][-1:], True, True, seed, 3, 0.4),
             ),
         },
         "pool": {"plain": (leaf(B, S, K), weight, bias)},

@@ -36,7 +36,9 @@ def test_hooks_on_every_submodule_count_the_same(cls):
         counts.append(seen)
     assert counts[0] == counts[1]
     assert counts[0]["after encoder.layer.1.output" if cls == "BertModel" else "after bert"] == 1
-    assert_tier(models[1], inputs, "upstream", "hook")
+    rows = assert_tier(models[1], inputs, "module", "hook").rows
+    fused = {name.removeprefix("bert.") for name, how, _ in rows if how == "fused"}
+    assert fused == {f"encoder.layer.{i}.attention.self" for i in (0, 1)}, "it alone calls no module of its own"
 
 
 @pytest.mark.parametrize("cls", ["BertModel", "BertForMaskedLM"])
@@ -50,7 +52,7 @@ def test_one_hook_on_any_one_submodule(cls):
         assert seen[0] == seen[1], f"{name}: {len(seen[1])} calls, expected {len(seen[0])}"
         assert_close_fp32(got, wanted, name)
         if seen[0] and (name.startswith("bert.") if cls != "BertModel" else name):  # the others are always called
-            assert_tier(ours, inputs, "upstream", "hook")
+            assert_tier(ours, inputs, "module", "hook")
         for handle in handles:
             handle.remove()
     assert_tier(ours, inputs, "encoder")
@@ -86,7 +88,7 @@ def test_a_hook_that_replaces_an_output(name):
     before = ours(**inputs)
     for model in (upstream, ours):
         model.get_submodule(name).register_forward_hook(REPLACING[name])
-    assert_tier(ours, inputs, "upstream", "hook")
+    assert_tier(ours, inputs, "module", "hook")
     agree(upstream, ours)
     agree(upstream, ours, "with outputs", **FLAGS)
     assert (ours(**inputs).pooler_output - before.pooler_output).abs().max() > 1e-3
@@ -145,7 +147,7 @@ def test_wrapped_linear_layers(leaf, wrap):
     for model in (upstream, ours):
         replace(model, leaf, wrap)
         model.eval()
-    assert_tier(ours, model_inputs(), "upstream", r"linear|lowrank|doubled|sequential|query|key|value|dense")
+    assert_tier(ours, model_inputs(), "module", r"linear|lowrank|doubled|sequential|query|key|value|dense")
     agree(upstream, ours, **FLAGS)
 
 
@@ -155,7 +157,7 @@ def test_dynamic_quantisation():
         pytest.skip("this torch has no quantised engine")
     models = [torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, torch.qint8) for m in pair("BertForMaskedLM")]
     models = [model.eval() for model in models]
-    assert_tier(models[1], model_inputs(), "upstream", "linear|quant|query|dense")
+    assert_tier(models[1], model_inputs(), "module", "linear|quant|query|dense")
     agree(*models)
 
 

@@ -62,7 +62,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("part", ["embeddings", "encoder", "attention", "token_type_ids", "pooler"])
-def test_a_part_of_another_class_runs_upstream(part):
+def test_a_part_of_another_class(part):
     upstream, ours = pair()
     for model in (upstream, ours):
         if part == "attention":
@@ -73,7 +73,7 @@ def test_a_part_of_another_class_runs_upstream(part):
             setattr(model, part, Around(getattr(model, part)).eval())
     inputs = model_inputs(kind="right")
     inputs.pop("token_type_ids", None)
-    assert_tier(ours, inputs, "upstream")
+    assert_tier(ours, inputs, "module")
     assert_close_fp32(ours(**inputs), upstream(**inputs), part)
 
 
@@ -97,7 +97,7 @@ def test_indices_that_broadcast(positions, types):
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_the_tiers_agree(attn):
-    """A hook moves the call to transformers' code; attentions, 4-D keep-masks and empty sequences must not change."""
+    """A hook moves the call to the module tier; attentions, 4-D keep-masks and empty sequences must not change."""
     _, ours = pair(attn=attn)
     mask = ragged_mask()
     mask[0] = 0
@@ -107,7 +107,7 @@ def test_the_tiers_agree(attn):
         fused = [ours(**call) for call in calls]
     ours.encoder.layer[0].register_forward_hook(lambda *args: None)
     for call, expected in zip(calls, fused, strict=True):
-        assert_tier(ours, call, "upstream")
+        assert_tier(ours, call, "module")
         with torch.no_grad():
             got = ours(**call)
         assert_close_fp32(got.last_hidden_state, expected.last_hidden_state, "last_hidden_state")

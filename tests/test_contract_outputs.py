@@ -211,7 +211,7 @@ def test_logits_to_keep(keep):
 def test_decoder_mode(cache):
     upstream, ours = pair("BertLMHeadModel", is_decoder=True, add_cross_attention=True)
     inputs = model_inputs(kind="right", use_cache=cache, encoder_hidden_states=torch.randn(3, 5, 32), **FLAGS)
-    assert_tier(ours, inputs, "upstream", "decoder")
+    assert_tier(ours, inputs, "module", "decoder")
     got, wanted = ours(**inputs), upstream(**inputs)
     assert list(got.keys()) == list(wanted.keys())
     for key in ("logits", "hidden_states", "attentions", "cross_attentions"):

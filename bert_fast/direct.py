@@ -1,0 +1,29 @@
+"""One checked call of the encoder tier, launched op by op: which of the three forms of the forward it takes."""
+
+from __future__ import annotations
+
+import torch
+
+from bert_fast.encoder import Encoded, encode
+from bert_fast.folded import encode_folded, folded_reason
+from bert_fast.graphs import Call
+from bert_fast.packing import make_packing
+from bert_fast.snapshot import Snapshot
+from bert_fast.training import encode_training
+
+
+def _hides_keys(mask: torch.Tensor | None) -> bool:
+    """Whether transformers makes an additive mask of this one; looked up on the CPU alone, where it matters."""
+    return mask is not None and (mask.dim() == 4 or not mask.is_cpu or not bool((mask != 0).all()))
+
+
+def run_directly(model: torch.nn.Module, call: Call, snapshot: Snapshot) -> Encoded:
+    """training.py where there may be gradients, dropout or autocast; else encoder.py, or its folded form."""
+    device, uniform_empty = snapshot.device, model.config._attn_implementation == "eager"
+    mask = call.attention_mask
+    packing = make_packing(mask, call.B, call.S, device, call.skip, uniform_empty)
+    inputs = call.input_ids, call.token_type_ids, call.position_ids, call.inputs_embeds
+    if torch.is_grad_enabled() or snapshot.training or torch.is_autocast_enabled(device.type):
+        return encode_training(model, packing, *inputs, call.hidden, call.attentions, _hides_keys(mask))
+    run = encode_folded if folded_reason(model, packing, snapshot.dtype, device) is None else encode
+    return run(model, packing, *inputs, call.hidden, call.attentions, call.first_tokens_only)

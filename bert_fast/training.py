@@ -1,0 +1,139 @@
+"""The encoder tier with dropout, gradients or autocast: the packed rows of encoder.py, layers of layer.py.
+
+Upstream's dropout has four places: after the embeddings, on the attention weights, on the outputs of both projections.
+One seed is drawn for a forward; a place is one `site` of it (kernels/dropout.py).
+
+Under autocast, products take and give its half dtype, and rows between the layers stay fp32, as transformers' do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bert_fast.encoder import Encoded, _embed, _padded
+from bert_fast.kernels.dropout import make_seed
+from bert_fast.kernels.pool import pool
+from bert_fast.kernels.qkv_linear import qkv_linear
+from bert_fast.kernels.runtime import without_autocast
+from bert_fast.layer import Attend, AttendPlan, Dropout, after_attention, attended, layer_plan, projections
+from bert_fast.packing import Packing
+
+
+def compute_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """Of the products of a model of `dtype`: autocast's where it is on, else its own."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype
+
+
+def attentions_dtype(device_type: str, rows: torch.dtype, products: torch.dtype, masked: bool) -> torch.dtype:
+    """Of returned weights: under autocast upstream's softmax is fp32 on CUDA, and on the CPU next to an fp32 mask."""
+    return rows if device_type != "cpu" or masked else products
+
+
+def dropout_rate(module: nn.Module, dropout: nn.Module) -> float:
+    """p of a dropout at work: `module` is whose training flag counts."""
+    return float(dropout.p) if module.training else 0.0
+
+
+def _rates(model: nn.Module) -> list[float]:
+    """p of every place, by site: embeddings; of each layer attention weights, attention output, layer output."""
+    dropout = model.embeddings.dropout
+    rates = [dropout_rate(dropout, dropout)]
+    for layer in model.encoder.layer:
+        own, out, ffn = layer.attention.self, layer.attention.output.dropout, layer.output.dropout
+        rates += [dropout_rate(own, own.dropout), dropout_rate(out, out), dropout_rate(ffn, ffn)]
+    return rates
+
+
+def differentiable_context(qkv: torch.Tensor, probs: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Context (T, hidden) computed from the returned probabilities, so that they carry gradient as in eager."""
+    B, heads, S, _ = probs.shape
+    v = qkv[:, 2 * qkv.shape[1] // 3 :]
+    is_row = None
+    if packing.n_rows is not None:  # 0 * undefined rows may be NaN, here and in backward
+        is_row = (torch.arange(v.shape[0], device=v.device) < packing.n_rows)[:, None]
+        v = torch.where(is_row, v, 0.0)
+    if not packing.identity:
+        v = torch.zeros_like(v).index_copy(0, packing.token.long(), v)
+    context = probs.to(v.dtype) @ v.view(B, S, heads, -1).transpose(1, 2)
+    context = context.transpose(1, 2).reshape(B * S, -1)
+    context = context if packing.identity else context.index_select(0, packing.token)
+    return context if is_row is None else torch.where(is_row, context, 0.0)
+
+
+def encode_training(
+    model: nn.Module,
+    packing: Packing,
+    input_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    want_hidden: bool,
+    want_attentions: bool,
+    masked: bool,
+) -> Encoded:
+    """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs.
+
+    masked: a mask hides a key; the dtype of attentions depends on it under autocast.
+    """
+    device = model.embeddings.word_embeddings.weight.device
+    dtype = compute_dtype(device.type, model.embeddings.word_embeddings.weight.dtype)
+    with without_autocast(device.type):
+        return _encode(
+            model, packing, (input_ids, token_type_ids, position_ids, inputs_embeds), want_hidden, want_attentions,
+            masked, dtype, device,
+        )  # fmt: skip
+
+
+def _encode(
+    model: nn.Module, p: Packing, inputs: tuple[torch.Tensor | None, ...], want_hidden: bool, want_attentions: bool,
+    masked: bool, dtype: torch.dtype, device: torch.device,
+) -> Encoded:  # fmt: skip
+    rates = _rates(model)
+    seed = make_seed(device) if any(rates) else None
+    uniform_empty = model.config._attn_implementation == "eager"
+    layers, hidden, attentions = model.encoder.layer, [], []
+
+    def dropout(site: int) -> Dropout:
+        return Dropout(seed, site, rates[site])
+
+    def cast(parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.to(dtype)
+
+    def handed_out(out: torch.Tensor) -> torch.Tensor:
+        """The next rows, from the very tensor that the user holds, so that gradients flow through it."""
+        padded = _padded(out, p)
+        hidden.append(padded)
+        return padded.view(out.shape) if p.identity else padded.view(out.shape).index_select(0, p.token)
+
+    to_tokens = want_hidden and not p.identity
+    rows = _embed(model.embeddings, p, *inputs, not to_tokens, to_tokens, dropout(0))[to_tokens]
+    if want_hidden:
+        rows = handed_out(rows)
+    for i, layer in enumerate(layers):
+        own, is_last, site = layer.attention.self, i + 1 == len(layers), 1 + 3 * i
+        plan = AttendPlan(p, own.num_attention_heads, own.scaling, uniform_empty, dropout(site), dtype)
+        parameters = list(map(cast, projections(own)))
+        if want_attentions:
+            qkv = qkv_linear(rows.to(dtype), *parameters, p.n_rows)
+            context, probs, _ = attended(plan, qkv, p.bias, True)
+            probs = probs.to(attentions_dtype(device.type, rows.dtype, dtype, masked))
+            attentions.append(probs)
+            if probs.requires_grad:
+                context = differentiable_context(qkv, probs, p)
+        else:
+            context, rows = Attend.apply(plan, rows, *parameters, p.bias)
+        to_tokens = (is_last or want_hidden) and not p.identity
+        dropouts = dropout(site + 1), dropout(site + 2)
+        rows = after_attention(layer, layer_plan(layer, p, to_tokens, dropouts, dtype), cast, context, rows)
+        if want_hidden and not is_last:
+            rows = handed_out(rows)
+    last = _padded(rows, p)
+    if want_hidden:
+        hidden.append(last)
+    pooler = model.pooler
+    pooled = None
+    if pooler is not None:
+        first = last if last.dtype == dtype else last[:, :1].to(dtype)
+        pooled = pool(first, cast(pooler.dense.weight), cast(pooler.dense.bias))
+    return Encoded(last, pooled, hidden, attentions)
