@@ -2,8 +2,9 @@
 
 The launchers of kernels/ are called on meta tensors with every kernel replaced by a recorder, so that what is compiled
 is what they would launch: their choice of tile for the target (kernels/configs.py), their arguments, specialised as
-Triton specialises them. The calls are those of bench/aot_calls.py; a kernel that none of them launches, or an entry of
-kernels/*.json that none of them reaches, is an error. Without --all, the first call of each op is taken.
+Triton specialises them. The calls are those of bench/aot_calls.py and bench/aot_training.py; a kernel that none of them
+launches, or an entry of kernels/*.json that none of them reaches, is an error. Without --all, the first call of each op
+is taken.
 
 A build fails on a compiler error, a spill, shared memory above the limit of a chip that would run that tile, and, for
 a matrix kernel in a half dtype, no tensor-core instruction (sm_90 with BLOCK_M >= 64: no wgmma).
@@ -44,6 +45,7 @@ from bert_fast.kernels import configs
 from bert_fast.kernels.runtime import TensorDescriptor, triton
 
 from .aot_calls import INTEGERS, Call, calls
+from .aot_training import training_calls
 
 CACHE = Path(__file__).resolve().parents[1] / ".aot_cache"
 # target -> chips that run its code and, unless they have a table of their own, its tiles -> bytes of shared memory
@@ -176,7 +178,7 @@ def all_builds() -> tuple[list[Build], list[str]]:
     entries = {p.stem: set(json.loads(p.read_text())) for p in configs.FOLDER.glob("*.json")}
     left = {(name, key) for name, keys in entries.items() for key in keys}
     builds: dict[str, Build] = {}
-    for call, target in itertools.product(list(calls()), SHARED):
+    for call, target in itertools.product([*calls(), *training_calls()], SHARED):
         launches, tiles = record(call, target)
         left -= {(arch if key in entries.get(arch, ()) else "generic", key) for arch, key in tiles}
         for fn, args, kwargs in launches:
