@@ -11,6 +11,7 @@ COMMANDS = {
     "model": "the whole model, forward, against eager, SDPA and torch.compile",
     "kernels": "each op at BERT's shapes against torch, with its share of the machine's measured ceiling",
     "tune": "search tiles on this GPU and write them into its table in kernels/",
+    "finetune": "a fine-tune of transformers' class and of bert_fast's: loss curves, accuracy, time of a step",
     "compare": "two records of one machine: what got faster, what got slower",
     "report": "records as one HTML page with plots, and the plots as PNG",
     "aot": "compile every kernel config for GPUs that are not here: registers, spills, shared memory",

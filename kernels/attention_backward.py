@@ -1,7 +1,7 @@
 """attention_backward: gradients of attention's qkv and bias, from those of its context and of its probabilities.
 
-With P = softmax, A = P after dropout, dA = dO V^T + d_probs: dV = A^T dO, dP = dA through the dropout,
-delta = rowsum(P * dP) = rowsum(dO * O) + rowsum(A * d_probs), dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
+With P = softmax, A = P after dropout, dA = dO V^T + d_probs: dV = A^T dO, dP = dA through the dropout, delta =
+rowsum(P * dP) = rowsum(dO * O) + rowsum(A * d_probs), dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
 P is computed again from the saved log-sum-exp (FlashAttention-2, Dao 2023), the dropout drawn again.
 
 Two kernels, one over blocks of queries (delta, dQ), one over blocks of keys (dK, dV): no atomics, the same bits every
@@ -285,7 +285,8 @@ def attention_backward_triton(
     B, S, T, D = check(qkv, bias, token, kv_len, heads, scale, seed, p)
     _check_gradients(d_context, d_probs, T, heads * D, (B, heads, S, S))
     shape = "dim<=64" if D <= 64 else "dim<=128"
-    config = config or choose("attention_backward", shape, qkv.dtype, capability(qkv.device))
+    op = "attention_backward" if d_probs is None else "attention_backward_probs"  # which want a smaller tile
+    config = config or choose(op, shape, qkv.dtype, capability(qkv.device))
     d_qkv, delta = qkv.new_empty(T, 3 * heads * D), torch.empty_like(lse)
     d_scores = inv_sum = bias_strides = None
     if bias is not None:
@@ -313,13 +314,15 @@ def attention_backward_triton(
     }  # fmt: skip
     with device_guard(qkv):
         _attention_dq_kernel[(ceil_div(S, config.BLOCK_M) * B, heads)](
-            *inputs, context, lse, delta, inv_sum, *maps, d_qkv, d_scores, *numbers, WANT_D_SCORES=d_scores is not None, **flags
+            *inputs, context, lse, delta, inv_sum, *maps, d_qkv, d_scores, *numbers,
+            WANT_D_SCORES=d_scores is not None, **flags,
         )
         _attention_dkv_kernel[(ceil_div(S, config.BLOCK_N) * B, heads)](
             *inputs, lse, delta, inv_sum, *maps, d_qkv, *numbers, **flags
         )
-    d_bias = qkv.new_empty(0) if d_scores is None else d_scores.sum_to_size(bias.shape).to(bias.dtype)  # type: ignore[union-attr]
-    return d_qkv, d_bias
+    if d_scores is None or bias is None:
+        return d_qkv, qkv.new_empty(0)
+    return d_qkv, d_scores.sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _check_gradients(
