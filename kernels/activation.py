@@ -66,11 +66,14 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _sigmoid_and_slope(x):
-    # 1 - sigmoid loses what is left of it near 1, and a gradient multiplies that by up to 10
-    e = tl.math.exp2(tl.abs(x) * -1.4426950408889634)
-    r = 1.0 / (1.0 + e)
-    return tl.where(x >= 0, r, e * r), e * r * r
+def _sigmoid_and_slope(x, EXACT: tl.constexpr):
+    if EXACT:  # 1 - sigmoid loses what is left of it near 1, and a gradient multiplies that by up to 10
+        e = tl.math.exp2(tl.abs(x) * -1.4426950408889634)
+        r = 1.0 / (1.0 + e)
+        return tl.where(x >= 0, r, e * r), e * r * r
+    else:
+        s = _sigmoid(x)
+        return s, s * (1.0 - s)
 
 
 @triton.jit
@@ -131,14 +134,14 @@ def activate_backward(d, x, ACT: tl.constexpr, EXACT: tl.constexpr):
         d = d * (cdf + x * (0.3989422804014327 * tl.math.exp2(x * x * -0.7213475204444817)))
         y = x * cdf
     elif ACT == "gelu_tanh":
-        s, slope = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        s, slope = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x), EXACT)
         y = x * s
         d = d * (s + x * slope * (1.5957691216057308 + 0.21406444881780073 * (x * x)))
     elif ACT == "relu":
         y = tl.where(x > 0, x, tl.where(x == x, 0.0, x))
         d = tl.where(x <= 0, 0.0, d)
     elif ACT == "silu":
-        s, slope = _sigmoid_and_slope(x)
+        s, slope = _sigmoid_and_slope(x, EXACT)
         y = x * s
         d = d * (s + x * slope)
     return d, y

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from bert_fast.kernels.activation import activate_backward
-from bert_fast.kernels.configs import GRADIENT_ROWS, TileConfig, choose, gradient_class
+from bert_fast.kernels.configs import TileConfig, choose, gradient_class
 from bert_fast.kernels.gemm import _of_part, _tile, programs, tile_options, triton_type
 from bert_fast.kernels.runtime import (
     TensorDescriptor,
@@ -30,6 +30,9 @@ from bert_fast.kernels.runtime import (
     tl,
     triton,
 )
+
+_EPILOGUE_COLUMNS = 64
+EPILOGUE_COLUMNS = tl.constexpr(_EPILOGUE_COLUMNS)
 
 
 @triton.jit
@@ -104,7 +107,21 @@ def _store_half_by_descriptors(
     acc, row, col, other_desc, dx_desc, y_desc,
     HAS_ADD: tl.constexpr, HAS_PRE: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """As _store_half, from (row, col) on."""
+    """As _store_half, from (row, col) on; of a wide tile, its quarters: a half and a derivative would spill."""
+    if acc.shape[1] > EPILOGUE_COLUMNS:
+        left, right = _halves(acc)
+        _store_by_descriptors(left, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
+        col += acc.shape[1] // 2
+        _store_by_descriptors(right, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
+    else:
+        _store_by_descriptors(acc, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
+
+
+@triton.jit
+def _store_by_descriptors(
+    acc, row, col, other_desc, dx_desc, y_desc,
+    HAS_ADD: tl.constexpr, HAS_PRE: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     if HAS_ADD:
         acc += other_desc.load([row, col]).to(tl.float32)
     if HAS_PRE:
@@ -194,9 +211,7 @@ def grad_gemm_triton(
     operands = [dy, *weights, *([] if other is None else [other])]
     tma_fits = dy.dtype != torch.float32 and descriptors_fit(*operands, dx)
     if config is None:
-        # an fp32 gradient in the epilogue takes twice the shared memory: the tile of fewer rows
-        rows = M if dx.dtype == dy.dtype else min(M, GRADIENT_ROWS[-1])
-        config = gradient_tile("grad_input", rows, operands, tma_fits)
+        config = gradient_tile("grad_input", M, operands, tma_fits)
     if config.tma and not tma_fits:
         raise ValueError(f"{config}: dy {tuple(dy.shape)}, weight {tuple(weights[0].shape)} do not fit descriptors")
     if config.tma and parts > 1:  # a step of the loop reads all parts: of each half as much, in the same memory
@@ -213,8 +228,9 @@ def grad_gemm_triton(
     }
     with device_guard(dy):
         if config.tma:
-            half = [config.BLOCK_M, config.BLOCK_N // 2]
-            epilogue = [None if t is None else TensorDescriptor.from_tensor(t, half) for t in (other, dx, y)]
+            # as _store_half_by_descriptors: halves, of a wide tile quarters
+            piece = [config.BLOCK_M, config.BLOCK_N // (4 if config.BLOCK_N // 2 > _EPILOGUE_COLUMNS else 2)]
+            epilogue = [None if t is None else TensorDescriptor.from_tensor(t, piece) for t in (other, dx, y)]
             _grad_tma_kernel[(programs(config, M, N, 1, dy.device),)](
                 TensorDescriptor.from_tensor(dy, [config.BLOCK_M, config.BLOCK_K]),
                 *[TensorDescriptor.from_tensor(w, [config.BLOCK_K, config.BLOCK_N]) for w in weights], *absent,

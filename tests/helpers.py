@@ -124,7 +124,7 @@ def head_inputs(cls, labels=False, kind="right", seed=0):
 
 
 def assert_tier(model, inputs, expected, reason=""):
-    """The tier `explain` states; for the upstream tier also a pattern that its reason must match."""
+    """The tier `explain` states; for the others than "encoder" also a pattern that the reason must match."""
     told = bert_fast.explain(model, **inputs)
     assert told.tier == expected, f"tier {told.tier!r} ({told.reason}), expected {expected!r}"
     if expected == "encoder":
@@ -132,6 +132,15 @@ def assert_tier(model, inputs, expected, reason=""):
     else:
         assert told.reason and re.search(reason, told.reason, re.IGNORECASE), f"reason {told.reason!r} lacks {reason!r}"
     return told
+
+
+def leave_capture_hooks(model, inputs):
+    """A call that transformers' forward drives and that asks for outputs: its hooks stay on the modules for ever."""
+    layer = model.base_model.encoder.layer[0]
+    handle = layer.register_forward_hook(lambda *_: None)
+    model(**inputs, output_hidden_states=True, output_attentions=True)
+    handle.remove()
+    assert layer._forward_hooks, "upstream left no capture hooks: the test tests nothing"
 
 
 def tensors_of(output, prefix=""):
@@ -198,13 +207,16 @@ def assert_error_rule(kind, ours, eager, truth64, dtype):
     """The one rule: error of ours <= 1.25 x error of eager in the same dtype + 4 eps of the dtype.
 
     Arguments are lists of tensors of one kind, pooled over layers and at least 3 seeds. `key.bias`, whose gradient
-    is zero in exact arithmetic, is held to the rule by absolute size.
+    is zero in exact arithmetic, is held to the rule by its root mean square: the largest of a few hundred numbers of
+    pure rounding noise varies by a factor of 2 from one correct order of summation to another.
     """
     eps = torch.finfo(dtype).eps
     for got in ours:
         assert got.dtype == dtype and torch.isfinite(got).all(), kind
     if kind == "key.bias":
-        error, reference = (max(t.detach().abs().max().item() for t in side) for side in (ours, eager))
+        error, reference = (
+            torch.cat([t.detach().double() for t in side]).square().mean().sqrt().item() for side in (ours, eager)
+        )
     else:
         error, reference = relative_error(ours, truth64), relative_error(eager, truth64)
     assert error <= 1.25 * reference + 4 * eps, f"{kind} in {dtype}: error {error:.3g}, eager's {reference:.3g}"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import CLASSES, assert_close_fp32, assert_tier, head_inputs, model_inputs, pair
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bert import modeling_bert
 
 import bert_fast
@@ -23,14 +24,19 @@ def test_the_table(cls, capsys):
 
 def test_the_reason_is_in_the_table(capsys):
     _, ours = pair()
-    told = bert_fast.explain(ours.train(), **model_inputs())
-    assert told.tier == "upstream" and "training" in told.reason
+    ours.encoder.layer[0].register_forward_hook(lambda *_: None)
+    told = bert_fast.explain(ours, **model_inputs())
+    assert told.tier == "module" and "hook" in told.reason
     assert told.reason in str(told) and told.reason in capsys.readouterr().out
 
 
+def checkpoint(model):
+    model.train().gradient_checkpointing_enable()
+    model.disable_input_require_grads()  # a hook, which is the reason told first
+
+
 SITUATIONS = {
-    "training": (lambda m: m.train(), "training"),
-    "one module in training": (lambda m: m.encoder.layer[1].attention.self.train(), "training"),
+    "gradient checkpointing": (checkpoint, "layer.0 is checkpointed"),
     "a hook": (lambda m: m.encoder.layer[0].output.dense.register_forward_hook(lambda *_: None), "hook"),
     "a pre-hook": (lambda m: m.encoder.layer[0].register_forward_pre_hook(lambda *_: None), "hook"),
     "a backward hook": (lambda m: m.encoder.layer[0].register_full_backward_hook(lambda *_: None), "hook"),
@@ -53,13 +59,25 @@ SITUATIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_situations_of_the_upstream_tier(name):
+def test_situations_of_the_other_tiers(name):
     _, ours = pair()
     assert_tier(ours, model_inputs(kind="right"), "encoder")
     change, reason = SITUATIONS[name]
     change(ours)
-    assert_tier(ours, model_inputs(kind="right"), "upstream", reason)
+    told = assert_tier(ours, model_inputs(kind="right"), "upstream" if name == "float64" else "module", reason)
+    assert told.rows[0][1:] == ("transformers", told.reason)
+    assert ("fused" in [how for _, how, _ in told.rows]) == (told.tier == "module")
+
+
+def test_training_is_of_the_encoder_tier():
+    _, ours = pair()
+    ours.encoder.layer[1].attention.self.train()
+    assert_tier(ours, model_inputs(kind="right"), "encoder")
+    assert_tier(ours.train(), model_inputs(kind="right"), "encoder")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_tier(ours, model_inputs(kind="right"), "encoder")
 
 
 def test_explain_leaves_no_trace():
@@ -75,11 +93,23 @@ def test_explain_leaves_no_trace():
     assert all(torch.equal(inputs[name], value) for name, value in copies.items())
 
 
-@pytest.mark.parametrize("expected", ["encoder", "upstream"])
+class OurOps(TorchDispatchMode):
+    """Counts the calls of our ops."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "bert_fast"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("expected", ["encoder", "module", "upstream"])
 def test_the_tier_told_is_the_tier_that_runs(expected, monkeypatch):
-    """Transformers' own forward runs in the upstream tier, and only there."""
+    """Transformers' own forward runs in all tiers but the first, our ops in all but the last."""
     _, ours = pair()
     if expected == "upstream":
+        ours.double()
+    elif expected == "module":
         ours.encoder.layer[0].attention.self.value = torch.nn.Sequential(
             ours.encoder.layer[0].attention.self.value
         ).eval()
@@ -89,8 +119,10 @@ def test_the_tier_told_is_the_tier_that_runs(expected, monkeypatch):
     monkeypatch.setattr(upstream, "forward", lambda self, *a, **k: (calls.append(1), inner(self, *a, **k))[1])
     inputs = model_inputs(kind="right")
     assert_tier(ours, inputs, expected)
-    ours(**inputs)
-    assert len(calls) == (1 if expected == "upstream" else 0)
+    with OurOps() as ops:
+        ours(**inputs)
+    assert len(calls) == (0 if expected == "encoder" else 1)
+    assert (ops.count > 0) == (expected != "upstream")
 
 
 @pytest.mark.parametrize("name", ["BertLayer", "BertSelfAttention", "BertIntermediate"])
@@ -105,5 +137,5 @@ def test_a_forward_replaced_for_the_whole_class_takes_effect(name, monkeypatch):
 
     monkeypatch.setattr(cls, "forward", doubled)
     inputs = model_inputs(kind="right")
-    assert "forward was replaced" in assert_tier(ours, inputs, "upstream").reason
+    assert "forward was replaced" in assert_tier(ours, inputs, "module").reason
     assert_close_fp32(ours(**inputs), upstream(**inputs), name)

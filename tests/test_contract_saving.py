@@ -1,12 +1,23 @@
 """Silent break 23 of the contract: state_dict, seeds, checkpoints, copies, subclasses, the attention implementation."""
 
+import contextlib
 import copy
 import pickle
 
 import pytest
 import torch
 import transformers
-from helpers import CLASSES, assert_close_fp32, assert_tier, head_inputs, model_inputs, pair, tiny_config
+from dropout_helpers import our_dropout
+from helpers import (
+    CLASSES,
+    assert_close_fp32,
+    assert_tier,
+    head_inputs,
+    leave_capture_hooks,
+    model_inputs,
+    pair,
+    tiny_config,
+)
 from safetensors import safe_open
 from transformers.utils import output_capturing
 
@@ -118,9 +129,9 @@ def test_copies(cls, tmp_path):
         "torch.save": torch.load(tmp_path / "model.pt", weights_only=False),
         "deepcopy": copy.deepcopy(ours),
     }
-    ours.train()(**inputs, **FLAGS)  # leaves upstream's capture hooks behind, which no transformers model can pickle
-    copies["deepcopy with capture hooks"] = copy.deepcopy(ours).eval()
-    wanted = ours.eval()(**inputs)
+    leave_capture_hooks(ours, inputs)  # with which no transformers model can be pickled
+    copies["deepcopy with capture hooks"] = copy.deepcopy(ours)
+    wanted = ours(**inputs)
     for name, twin in copies.items():
         assert type(twin) is type(ours) and twin.padding == "skip"
         assert_tier(twin, inputs, "encoder")
@@ -132,7 +143,7 @@ def test_copies(cls, tmp_path):
     assert_close_fp32(ours.set_padding("exact")(**inputs), upstream(**inputs))
 
 
-def test_subclasses_and_mixed_heads_still_capture_outputs():
+def test_subclasses_and_mixed_heads_still_capture_outputs(monkeypatch):
     class Mine(bert_fast.BertModel):
         pass
 
@@ -151,7 +162,9 @@ def test_subclasses_and_mixed_heads_still_capture_outputs():
         torch.manual_seed(3)
         got = head.train()(**inputs, **FLAGS)
         torch.manual_seed(3)
-        assert_close_fp32(got, upstream.train()(**inputs, **FLAGS), f"training {type(head).__name__}")
+        with our_dropout(monkeypatch, inputs["attention_mask"]):
+            wanted = upstream.train()(**inputs, **FLAGS)
+        assert_close_fp32(got, wanted, f"training {type(head).__name__}")
         head.eval(), upstream.eval()
     base = Mine(ours.config, add_pooling_layer=False).eval()
     base.load_state_dict(ours.bert.state_dict())
@@ -159,17 +172,22 @@ def test_subclasses_and_mixed_heads_still_capture_outputs():
         torch.manual_seed(3)
         got = base.train(mode)(**inputs, **FLAGS)
         torch.manual_seed(3)
-        assert_close_fp32(got, upstream.bert.train(mode)(**inputs, **FLAGS), f"subclass, training {mode}")
+        with our_dropout(monkeypatch, inputs["attention_mask"]):
+            wanted = upstream.bert.train(mode)(**inputs, **FLAGS)
+        assert_close_fp32(got, wanted, f"subclass, training {mode}")
 
 
-def test_a_head_built_first_captures_outputs_in_training():
+def test_a_head_built_first_captures_outputs_in_training(monkeypatch):
     """Transformers looks up what to capture by class: swapping the class of a head's base model must register it."""
     output_capturing._CAN_RECORD_REGISTRY.pop(str(bert_fast.BertModel), None)  # as in a fresh process
     upstream, ours = pair("BertForTokenClassification")
     inputs, found = {**head_inputs("BertForTokenClassification"), **FLAGS}, []
-    for model in (upstream.train(), ours.train()):
+    ours.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+    assert_tier(ours.train(), inputs, "module", "hook")
+    for model in (upstream.train(), ours):
         torch.manual_seed(3)
-        found.append(model(**inputs))
+        with our_dropout(monkeypatch, per_module=True) if model is upstream else contextlib.nullcontext():
+            found.append(model(**inputs))
     bert_fast.BertModel(ours.config)  # registers it whatever the outcome
     assert len(found[1].hidden_states) == 3 and len(found[1].attentions) == 2
     assert_close_fp32(found[1], found[0])
@@ -200,7 +218,7 @@ def test_other_implementations_are_upstreams(attn):
             outcomes.append(type(error))
     assert outcomes[0] == outcomes[1]
     if ours.config._attn_implementation == attn:
-        assert_tier(ours, model_inputs(), "upstream", "attention|attn")
+        assert_tier(ours, model_inputs(), "module", "attention|attn")
 
 
 def test_a_registered_attention_function_is_called():
@@ -218,6 +236,6 @@ def test_a_registered_attention_function_is_called():
     for model in (upstream, ours):
         model.set_attn_implementation("doubled")
     inputs = model_inputs()
-    assert_tier(ours, inputs, "upstream", "attention|attn|doubled")
+    assert_tier(ours, inputs, "module", "attention|attn|doubled")
     assert_close_fp32(ours(**inputs), upstream(**inputs))
     assert len(calls) == 4

@@ -16,11 +16,20 @@ def test_autocast_dtypes(dtype, cls, grad):
     upstream, ours = pair(cls)
     inputs = {**head_inputs(cls, labels=True), **FLAGS}
     with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
-        assert_tier(ours, inputs, "upstream", "autocast")
+        assert_tier(ours, inputs, "encoder")
         got, wanted = ours(**inputs), upstream(**inputs)
     assert len({t.dtype for t in tensors_of(wanted).values()}) > 1
     assert_close_fp32(got, wanted, factor=16 * torch.finfo(dtype).eps)
     assert_tier(ours, inputs, "encoder")
+
+
+def test_autocast_of_parameters_in_half_precision():
+    upstream, ours = pair(dtype=torch.bfloat16)
+    inputs = model_inputs(kind="right", **FLAGS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_tier(ours, inputs, "upstream", "autocast")
+        got, wanted = tensors_of(ours(**inputs)), tensors_of(upstream(**inputs))
+    assert list(got) == list(wanted) and all(torch.equal(got[name], t) for name, t in wanted.items())
 
 
 def test_autocast_switched_off_inside():

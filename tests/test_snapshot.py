@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import model_inputs, pair
+from helpers import leave_capture_hooks, model_inputs, pair
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
@@ -30,8 +30,6 @@ def set_data(parameter: torch.Tensor, data: torch.Tensor) -> None:
 
 # what the walk then says against the model
 NOT_PLAIN: dict[str, Change] = {
-    "train": lambda m, _: m.train(),
-    "one module in train": lambda m, _: layer(m).output.dropout.train(),
     "forward hook": lambda m, _: layer(m).register_forward_hook(HOOK),
     "pre-hook": lambda m, _: layer(m).attention.self.query.register_forward_pre_hook(HOOK),
     "backward hook": lambda m, _: m.pooler.dense.register_full_backward_hook(HOOK),
@@ -65,6 +63,8 @@ NOT_PLAIN: dict[str, Change] = {
 }
 # still plain, but not what a graph has captured
 MOVED: dict[str, Change] = {
+    "train": lambda m, _: m.train(),
+    "one module in train": lambda m, _: layer(m).output.dropout.train(),
     "parameter": lambda m, _: setattr(layer(m).output.dense, "bias", nn.Parameter(torch.ones(32))),
     "data": lambda m, _: set_data(layer(m).output.dense.bias, torch.ones(32)),
     "buffer": lambda m, _: setattr(m.embeddings, "position_ids", m.embeddings.position_ids.clone()),
@@ -126,12 +126,28 @@ def test_hooks_come_and_go() -> None:
         assert taken.holds(ours)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_checkpointing_comes_and_goes() -> None:
+    ours = plain_model().train()
+    for _ in range(2):  # the second time no module has one attribute more
+        taken = snapshot.take(ours)
+        assert taken.holds(ours)
+        ours.gradient_checkpointing_enable()
+        ours.disable_input_require_grads()  # a hook
+        assert not taken.holds(ours) and snapshot.held(ours) is None
+        assert "checkpointed" in str(tiers.model_reason(ours))
+        ours.gradient_checkpointing_disable()
+        assert tiers.model_reason(ours) is None
+    ours.gradient_checkpointing_enable()
+    ours.disable_input_require_grads()
+    assert tiers.model_reason(ours.eval()) is None  # at work in training only
+
+
 def test_capture_hooks_of_transformers_pass() -> None:
     """A first upstream call that asks for outputs leaves them on the modules for ever."""
     _, ours = pair()
-    ours.train()(**model_inputs(3, 11), output_hidden_states=True)
-    ours.eval()
-    assert layer(ours)._forward_hooks and tiers.model_reason(ours) is None
+    leave_capture_hooks(ours, model_inputs(3, 11))
+    assert tiers.model_reason(ours) is None
     assert snapshot.take(ours).holds(ours)
     layer(ours).register_forward_hook(HOOK)
     assert snapshot.held(ours) is None
@@ -146,9 +162,10 @@ def test_one_walk_for_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         ours(**model_inputs(3, 11))
     assert len(walks) == 1
-    ours.train()(**model_inputs(3, 11))
-    ours.eval()(**model_inputs(3, 11))
-    assert len(walks) == 2  # what was found before training is still so
+    for _ in range(2):
+        ours.train()(**model_inputs(3, 11))
+        ours.eval()(**model_inputs(3, 11))
+    assert len(walks) == 2  # one for each mode, and what was found before is still so
     layer(ours).output.dense.double()
     for _ in range(2):
         with pytest.raises(RuntimeError):

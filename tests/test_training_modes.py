@@ -10,6 +10,7 @@ import sys
 import distributed_worker
 import pytest
 import torch
+import transformers
 from dropout_helpers import our_dropout
 from helpers import (
     assert_close_fp32,
@@ -26,6 +27,8 @@ from test_contract_breaks import LowRank
 from test_training import DROPOUT, FLAGS, NO_DROPOUT, names_of_ops, step, weighted_sum
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bert_fast
+
 EVERY_PART = {
     "embeddings", "pooler",
     *(f"encoder.layer.{i}.{part}" for i in (0, 1) for part in ("attention.self", "attention.output")),
@@ -33,13 +36,10 @@ EVERY_PART = {
 }  # fmt: skip
 
 
-def assert_module_tier(model, inputs, reason, left=()):
-    """Transformers' forward drives, every part is fused but those in `left` (paths within the BertModel)."""
-    told = assert_tier(model, inputs, "module", reason)
-    (name, how, _), *parts = told.rows
-    inside = "" if name == "BertModel" else f"{name}."
-    fused = {path.removeprefix(inside) for path, how, _ in parts if how == "fused"}
-    assert how == "transformers" and fused == EVERY_PART - set(left)
+def assert_module_tier(model, inputs, reason):
+    """Transformers' forward drives a BertModel, and every part of it is fused."""
+    (_, how, _), *parts = assert_tier(model, inputs, "module", reason).rows
+    assert how == "transformers" and {path for path, how, _ in parts if how == "fused"} == EVERY_PART
 
 
 def watch_layers(model):
@@ -220,8 +220,9 @@ def test_gradient_scaler(change):
     half, moved, scale = run(2.0**7, half=True)
     assert scale == 2.0**7 and all(g.isfinite().all() for g in half.values())
     assert not torch.equal(moved["classifier.weight"], before["classifier.weight"])
-    _, kept, scale = run(2.0**40, half=True)
-    assert scale == 2.0**39 and all(torch.equal(kept[n], before[n]) for n in before), "an overflow went unseen"
+    overflowed, kept, scale = run(2.0**40, half=True)
+    assert not [n for n, g in overflowed.items() if g.isfinite().all()], "an overflow was hidden"
+    assert scale == 2.0**39 and all(torch.equal(kept[n], before[n]) for n in before)
 
 
 @pytest.mark.unpoisoned
@@ -276,7 +277,7 @@ def test_a_gradient_through_an_inner_step(change, expected):
 
 
 def test_gradients_under_a_dispatch_mode():
-    """Profilers, counters of FLOP and selective checkpointing watch a step by one; it takes autograd from CPU ops."""
+    """Debuggers watch a step by such a mode; with one on, torch takes autograd from within an op's body."""
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -346,3 +347,52 @@ def test_two_processes_make_the_gradients_of_the_whole_batch(way, gradients_of_t
     for name, parameter in ours.named_parameters():
         parameter.grad = found[name]
     assert_gradients_close(ours, alone)
+
+
+HEADS = ("BertForSequenceClassification", "BertForTokenClassification")
+TRAINERS = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+
+
+def fine_tune(model, cls, folder, **arguments):
+    """(losses, norms of gradients) of four steps of transformers' Trainer."""
+    batches = [head_inputs(cls, labels=True, seed=seed) for seed in range(11)]
+    examples = [{name: x[row] for name, x in batch.items()} for batch in batches for row in range(3)]
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=4, per_device_train_batch_size=4, learning_rate=0.05, optim="sgd", logging_steps=1,
+        seed=3, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **arguments,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples)
+    trainer.train()
+    trainer.save_model(str(folder))
+    logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return torch.tensor([[entry["loss"], entry["grad_norm"]] for entry in logged])
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("cls", HEADS)
+def test_trainer(cls, name, tmp_path):
+    pytest.importorskip("accelerate")
+    upstream, ours = pair(cls, **NO_DROPOUT)
+    inputs, arguments, half = head_inputs(cls, labels=True), TRAINERS[name], name == "bf16"
+    wanted = fine_tune(upstream, cls, tmp_path / "upstream", **arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        got = fine_tune(ours, cls, tmp_path / "ours", **arguments)
+    ran = [e.name for e in profiler.events() if e.name == "bert_fast::attention_backward"]
+    assert len(ran) == 2 * 4 * arguments.get("gradient_accumulation_steps", 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert_tier(ours.train(), inputs, "module" if name == "checkpointed" else "encoder", "hook|checkpoint")
+    assert got.shape == (4, 2) and (wanted[0] - wanted[3]).abs().min() > 1e-2
+    tolerance = 0.03 if half else 1e-3  # losses are logged with four digits
+    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
+    trained, state = ours.state_dict(), upstream.state_dict()
+    for key, tensor in trained.items():
+        assert (tensor - state[key]).abs().max() <= (0.03 if half else 1e-4), key
+    loaded = [getattr(package, cls).from_pretrained(tmp_path / "ours").eval() for package in (transformers, bert_fast)]
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in loaded[1].state_dict().items())
+    assert_tier(loaded[1], inputs, "encoder")
+    assert_close_fp32(loaded[1](**inputs), loaded[0](**inputs))
