@@ -21,7 +21,11 @@ from bert_fast.kernels.pack import pack
 OPS = ("pack", "embed_layer_norm", "qkv_linear", "attention", "linear", "residual_layer_norm", "linear_layer_norm")
 OPS += ("linear_gelu", "gelu_layer_norm", "first_rows", "first_token_attention", "pool")
 FOLDED_OPS = ("fold_vectors", "linear_to_stream", "folded_linear", "normalise")  # cases in folded_cases.py
-OPS += FOLDED_OPS
+TRAINING_OPS = ("linear_gelu_pre", "attention_backward", "grad_input", "grad_input_act", "grad_weight")
+TRAINING_OPS += ("grad_activation", "residual_layer_norm_backward", "gelu_layer_norm_backward")
+TRAINING_OPS += ("embed_layer_norm_backward",)  # cases in training_cases.py
+OPS += FOLDED_OPS + TRAINING_OPS
+MODULES = {"linear_gelu_pre": "linear_gelu", "grad_input_act": "grad_input"}  # of ops that share a file
 NORM_EPS = 1e-12
 NORM_FLOPS = 8  # sum, centre, square and sum, scale, weight, bias: operations an element
 GELU_FLOPS = 8  # erf counted as 4
@@ -74,7 +78,11 @@ class Case:
         return self.function("")(*self.args)
 
     def function(self, suffix: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"bert_fast.kernels.{self.op}"), self.op + suffix)
+        """The op, or a body of it; the reference of most backward ops is their CPU body, autograd of the forward's."""
+        module = importlib.import_module(f"bert_fast.kernels.{MODULES.get(self.op, self.op)}")
+        if suffix == "_ref" and not hasattr(module, self.op + suffix):
+            suffix = "_cpu"
+        return getattr(module, self.op + suffix)
 
 
 def cases(op: str, s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -88,6 +96,11 @@ def cases(op: str, s: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
         from . import folded_cases  # which takes Case and Shape from here
 
         yield from folded_cases.cases(op, s, device, dtype, rand)
+        return
+    if op in TRAINING_OPS:
+        from . import training_cases
+
+        yield from training_cases.cases(op, s, device, dtype, rand)
         return
     T, H, inner, e = s.rows, s.hidden, s.inner, dtype.itemsize
     if op in ("linear", "linear_gelu", "qkv_linear"):

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 from bert_fast.kernels import configs
-from bert_fast.kernels.attention import attention_ref, attention_triton
+from bert_fast.kernels.attention import attention, attention_ref, attention_triton
+from bert_fast.kernels.attention_backward import attention_backward_cpu, attention_backward_triton
 from bert_fast.kernels.configs import TileConfig
 from bert_fast.kernels.gemm import gemm_triton
+from bert_fast.kernels.grad_input import grad_input_act_ref, grad_input_act_triton
+from bert_fast.kernels.grad_weight import grad_weight_ref, grad_weight_triton
 from bert_fast.kernels.linear import linear_ref
 from bert_fast.kernels.linear_gelu import linear_gelu_ref
 from bert_fast.kernels.linear_layer_norm import linear_layer_norm_ref, linear_layer_norm_triton
@@ -25,6 +28,7 @@ from bert_fast.kernels.pack import pack
 from bert_fast.kernels.pool import pool_ref, pool_triton
 
 OPS = ("gemm", "attention", "attention_probs", "pool")
+OPS += ("attention_backward", "attention_backward_probs", "grad_input", "grad_weight")
 LAYERS = 12  # sets of weights that take turns: a layer's do not wait in L2 for the next forward
 EPS = 1e-12
 GRID: dict[str, dict[str, tuple]] = {
@@ -41,12 +45,14 @@ GRID: dict[str, dict[str, tuple]] = {
     "pool": {"BLOCK_M": (16, 32), "BLOCK_N": (16, 32, 64), "BLOCK_K": (64, 128, 256), "num_warps": (4, 8)},
 }
 GRID["attention"]["num_stages"] = GRID["pool"]["num_stages"] = (2, 3, 4)
-GRID["attention_probs"] = GRID["attention"]
+GRID["attention_probs"] = GRID["attention_backward"] = GRID["attention_backward_probs"] = GRID["attention"]
+GRID["grad_input"] = GRID["grad_weight"] = {k: v for k, v in GRID["gemm"].items() if k != "SPLIT_K"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes by the letters of the kernels: gemm M, N, K; attention B, H, S, D; pool B, N, K."""
+    """Sizes by the letters of the kernels: gemm M, N, K (of a weight gradient M is summed over); attention B, H, S, D;
+    pool B, N, K."""
 
     op: str
     sizes: tuple[int, ...]
@@ -60,7 +66,11 @@ def _problems() -> dict[str, Problem]:
     for rows in (*configs.ROW_CLASSES, 2 * configs.ROW_CLASSES[-1]):
         for N, K in ((3072, 768), (768, 768), (768, 3072)):  # BERT-base's intermediate, output and second FFN product
             found.setdefault(f"gemm/{configs.gemm_class(rows, N, K)}", Problem("gemm", (rows, N, K)))
-    for op in ("attention", "attention_probs"):
+    for op in ("grad_input", "grad_weight"):  # through the activation, and of the intermediate dense
+        for rows in (1024, 8192, 16384):
+            found[f"{op}/{configs.gradient_class(rows)}"] = Problem(op, (rows, 3072, 768))
+        found[f"{op}/any"], found[f"{op}/unaligned"] = Problem(op, (1024, 768, 768)), Problem(op, (1024, 780, 780))
+    for op in ("attention", "attention_probs", "attention_backward", "attention_backward_probs"):
         found[f"{op}/dim<=64"] = Problem(op, (16, 12, 512, 64))
         found[f"{op}/dim<=128"] = Problem(op, (16, 6, 512, 128))
     return found
@@ -110,6 +120,12 @@ def _sensible(c: TileConfig, problem: Problem, capability: tuple[int, int], shar
     if problem.op == "pool":
         return True
     M, N, _ = problem.sizes
+    if problem.op.startswith("grad"):
+        whole = all(n % 16 == 0 for n in problem.sizes)
+        square = max(c.BLOCK_M, c.BLOCK_N) <= 4 * min(c.BLOCK_M, c.BLOCK_N)
+        fits = square and c.BLOCK_K <= (32 if size == 4 else 64) and c.BLOCK_M * c.BLOCK_N >= 1024 * c.num_warps // 4
+        fits = fits and c.num_stages >= (2 if size == 4 else 3)
+        return fits and (not c.tma or (size == 2 and whole and capability >= (9, 0)))
     if size == 4:
         return c.BLOCK_K <= 64 and accumulator <= 32 and not c.tma and c.SPLIT_K == 1
     tile, few = c.BLOCK_M * c.BLOCK_N, M <= 128
@@ -145,6 +161,21 @@ def build(problem: Problem, device: torch.device, dtype: torch.dtype) -> Built:
     def rand(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*size, generator=g) * scale).to(device=device, dtype=dtype)
 
+    if problem.op.startswith("attention_backward"):
+        B, H, S, D = problem.sizes
+        probs = rand(B, H, S, S) if problem.op.endswith("probs") else None
+        qkv, dy = rand(B * S, 3 * H * D), rand(B * S, H * D)
+        maps = pack(torch.ones(B, S, device=device, dtype=torch.long), False)
+        context, _, lse = attention(qkv, None, *maps, H, D**-0.5, False, False)
+        rest = (*maps, H, D**-0.5, False, None, 0, 0.0, False)
+
+        def gradients(t: torch.dtype) -> Any:
+            d_probs = None if probs is None else probs.to(t)
+            return attention_backward_cpu(dy.to(t), d_probs, qkv.to(t), None, context.to(t), lse, *rest)
+
+        return Built(
+            lambda c, i: attention_backward_triton(dy, probs, qkv, None, context, lse, *rest, config=c), gradients
+        )
     if problem.op.startswith("attention"):
         B, H, S, D = problem.sizes
         probs, mask = problem.op == "attention_probs", torch.ones(B, S, device=device, dtype=torch.long)
@@ -164,6 +195,18 @@ def build(problem: Problem, device: torch.device, dtype: torch.dtype) -> Built:
             lambda t: pool_ref(hidden.to(t), first.to(t), b.to(t)),
         )
     x = rand(M, K)
+    if problem.op == "grad_weight":
+        dy = rand(M, N)
+        return Built(
+            lambda c, i: grad_weight_triton(dy, x, None, True, config=c),
+            lambda t: grad_weight_ref(dy.to(t), x.to(t), None, True),
+        )
+    if problem.op == "grad_input":
+        down, pre = [w.t().contiguous() for w in weights], rand(M, N)  # (K, N): x is the gradient of K columns
+        return Built(
+            lambda c, i: grad_input_act_triton(x, down[i % LAYERS], pre, "gelu", None, config=c),
+            lambda t: grad_input_act_ref(x.to(t), down[0].to(t), pre.to(t), "gelu", None),
+        )
     if dtype == torch.float32:
         return Built(
             lambda c, i: gemm_triton(x, [weights[i % LAYERS]], [b], None, "none", config=c),

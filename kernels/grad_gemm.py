@@ -31,8 +31,7 @@ from bert_fast.kernels.runtime import (
     triton,
 )
 
-_EPILOGUE_COLUMNS = 64
-EPILOGUE_COLUMNS = tl.constexpr(_EPILOGUE_COLUMNS)
+EPILOGUE_COLUMNS = 64  # that an epilogue has in registers and staging memory at a time; more and a derivative spills
 
 
 @triton.jit
@@ -104,15 +103,14 @@ def _grad_pointer_kernel(
 
 @triton.jit
 def _store_half_by_descriptors(
-    acc, row, col, other_desc, dx_desc, y_desc,
-    HAS_ADD: tl.constexpr, HAS_PRE: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr,
+    acc, row, col, other_desc, dx_desc, y_desc, HAS_ADD: tl.constexpr, HAS_PRE: tl.constexpr, ACT: tl.constexpr,
+    DTYPE: tl.constexpr, EPILOGUE_N: tl.constexpr,
 ):  # fmt: skip
-    """As _store_half, from (row, col) on; of a wide tile, its quarters: a half and a derivative would spill."""
-    if acc.shape[1] > EPILOGUE_COLUMNS:
+    """As _store_half, from (row, col) on, in pieces of EPILOGUE_N columns: half of this half, or all of it."""
+    if acc.shape[1] > EPILOGUE_N:
         left, right = _halves(acc)
         _store_by_descriptors(left, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
-        col += acc.shape[1] // 2
-        _store_by_descriptors(right, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
+        _store_by_descriptors(right, row, col + EPILOGUE_N, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
     else:
         _store_by_descriptors(acc, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
 
@@ -134,7 +132,7 @@ def _store_by_descriptors(
 def _grad_tma_kernel(
     dy_desc, w0_desc, w1_desc, w2_desc, other_desc, dx_desc, y_desc, n_rows_ptr, M, N, K,
     PARTS: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PRE: tl.constexpr, HAS_N_ROWS: tl.constexpr, ACT: tl.constexpr,
-    DTYPE: tl.constexpr, PDL: tl.constexpr,
+    DTYPE: tl.constexpr, EPILOGUE_N: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """As many programs as SMs: each walks over tiles, as in kernels/gemm.py."""
@@ -156,9 +154,11 @@ def _grad_tma_kernel(
             if PARTS > 2:
                 acc = tl.dot(dy_desc.load([row, 2 * K + k]), w2_desc.load([k, col]), acc)
         left, right = _halves(acc)
-        _store_half_by_descriptors(left, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
-        col += BLOCK_N // 2
-        _store_half_by_descriptors(right, row, col, other_desc, dx_desc, y_desc, HAS_ADD, HAS_PRE, ACT, DTYPE)
+        for half in tl.static_range(2):
+            _store_half_by_descriptors(
+                right if half else left, row, col + half * (BLOCK_N // 2), other_desc, dx_desc, y_desc,
+                HAS_ADD, HAS_PRE, ACT, DTYPE, EPILOGUE_N,
+            )  # fmt: skip
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -228,13 +228,13 @@ def grad_gemm_triton(
     }
     with device_guard(dy):
         if config.tma:
-            # as _store_half_by_descriptors: halves, of a wide tile quarters
-            piece = [config.BLOCK_M, config.BLOCK_N // (4 if config.BLOCK_N // 2 > _EPILOGUE_COLUMNS else 2)]
+            columns = min(config.BLOCK_N // 2, max(config.BLOCK_N // 4, EPILOGUE_COLUMNS))
+            piece = [config.BLOCK_M, columns]
             epilogue = [None if t is None else TensorDescriptor.from_tensor(t, piece) for t in (other, dx, y)]
             _grad_tma_kernel[(programs(config, M, N, 1, dy.device),)](
                 TensorDescriptor.from_tensor(dy, [config.BLOCK_M, config.BLOCK_K]),
                 *[TensorDescriptor.from_tensor(w, [config.BLOCK_K, config.BLOCK_N]) for w in weights], *absent,
-                *epilogue, n_rows, M, N, K, DTYPE=triton_type(dx.dtype), **shared,
+                *epilogue, n_rows, M, N, K, DTYPE=triton_type(dx.dtype), EPILOGUE_N=columns, **shared,
             )  # fmt: skip
         else:
             _grad_pointer_kernel[(ceil_div(M, config.BLOCK_M) * ceil_div(N, config.BLOCK_N),)](

@@ -19,8 +19,12 @@ ROWS = (*(f"rows<={n}" for n in (32, 128, 512, 1024, 2048, 8192)), "rows>8192")
 PRODUCTS = [f"{rows} {form}" for rows in ROWS for form in ("wide", "narrow", "narrow-long")]
 DIMS = ("dim<=64", "dim<=128")
 SHAPE_CLASSES = {"attention": DIMS, "attention_probs": DIMS, "pool": ("any",)}
+SHAPE_CLASSES |= {"attention_backward": DIMS, "attention_backward_probs": DIMS}
+GRADIENTS = ("rows<=1024", "rows<=8192", "rows>8192", "unaligned")
 REQUESTS = [(op, s, dtype) for op, shapes in SHAPE_CLASSES.items() for s, dtype in itertools.product(shapes, DTYPES)]
 REQUESTS += [("gemm", s, dtype) for s, dtype in itertools.product(PRODUCTS, DTYPES[1:])] + [("gemm", "any", DTYPES[0])]
+REQUESTS += [(op, s, t) for op in ("grad_input", "grad_weight") for s in GRADIENTS for t in DTYPES[1:]]
+REQUESTS += [(op, "any", DTYPES[0]) for op in ("grad_input", "grad_weight")]
 
 
 def test_tables_are_where_they_are_looked_for() -> None:
@@ -37,7 +41,7 @@ def test_entries(arch: str) -> None:
     for key, entry in entries.items():
         config = TileConfig(**entry)
         sizes = [config.BLOCK_M, config.BLOCK_N]
-        if key.startswith(("gemm", "pool")):
+        if key.startswith(("gemm", "pool", "grad")):
             sizes.append(config.BLOCK_K)
         else:
             assert config.BLOCK_K == 0, f"{key}: attention has no inner tile"
@@ -45,7 +49,7 @@ def test_entries(arch: str) -> None:
         assert config.num_warps in (2, 4, 8) and 1 <= config.num_stages <= 8, key
         assert config.SPLIT_K == 1 or key.startswith("gemm/") and "narrow" in key, key
         if config.tma:
-            assert arch not in ("generic", "sm80") and key.startswith("gemm") and key.endswith("half"), key
+            assert arch not in ("generic", "sm80") and key.startswith(("gemm", "grad")) and key.endswith("half"), key
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0), (99, 9), (0, 0)])

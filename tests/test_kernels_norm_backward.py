@@ -15,6 +15,7 @@ from kernel_helpers import BODIES, DTYPES, assert_error_rule, body, count, doubl
 from bert_fast.kernels import pool as pool_module
 from bert_fast.kernels import residual_layer_norm as residual_module
 from bert_fast.kernels.embed_layer_norm_backward import table_gradient
+from bert_fast.kernels.layer_norm_backward import add_partials
 from bert_fast.kernels.pack import pack_ref
 from bert_fast.kernels.registry import gradients_of
 
@@ -138,6 +139,17 @@ def test_frozen_parameters(name: str) -> None:
     some, every = run(x, False, *args, False), run(x, False, *args, True)
     assert torch.equal(some[0], every[0]) and torch.equal(some[1], every[1])
     assert [t.numel() for t in some[2:]] == [0, 0, 0] and [t.numel() for t in every[2:]] == [40] * 3
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sums", [2, 3])
+def test_partial_sums_of_many_programs(sums: int) -> None:
+    """More programs than a tile of the second kernel has rows, more columns than it has, each sum in its own dtype."""
+    partial = randn(130, sums, 40)
+    found = [torch.empty(40, dtype=dtype) for dtype in DTYPES[:sums]]
+    add_partials(partial, found)
+    for i, total in enumerate(found):
+        assert_error_rule(total, partial[:, i].sum(0).to(total.dtype), partial[:, i].double().sum(0))
 
 
 @pytest.mark.parametrize("trained", [False, True])
