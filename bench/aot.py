@@ -4,7 +4,7 @@ The launchers of kernels/ are called on meta tensors with every kernel replaced 
 is what they would launch: their choice of tile for the target (kernels/configs.py), their arguments, specialised as
 Triton specialises them. The calls are those of bench/aot_calls.py and bench/aot_training.py; a kernel that none of them
 launches, or an entry of kernels/*.json that none of them reaches, is an error. Without --all, the first call of each op
-is taken.
+is taken, of those that only training has for two targets.
 
 A build fails on a compiler error, a spill, shared memory above the limit of a chip that would run that tile, and, for
 a matrix kernel in a half dtype, no tensor-core instruction (sm_90 with BLOCK_M >= 64: no wgmma).
@@ -57,6 +57,7 @@ SHARED = {
     "120": {"sm120": 101376},
     "gfx942": {"gfx942": 65536},
 }
+FEW_TARGETS = ("80", "90")  # for which training is compiled without --all
 SHOWN = ("num_warps", "num_stages")  # options in the tile column
 TENSOR_MEMORY = 512  # columns, sm_100
 TYPES = INTEGERS | {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -298,7 +299,12 @@ def main(argv: Sequence[str]) -> int:
     builds, missed = all_builds()
     if not args.all:
         first = {build.op: build.variant for build in reversed(builds)}
-        builds = [build for build in builds if build.variant == first[build.op]]
+        training = {call.op for call in training_calls()}
+        builds = [
+            build
+            for build in builds
+            if build.variant == first[build.op] and (build.op not in training or build.target in FEW_TARGETS)
+        ]
     builds = [b for b in builds if b.target in targets and args.only in f"{b.op} {b.variant} {b.tile}"]
     failed = report(builds, args.j)
     for text in missed:

@@ -161,6 +161,9 @@ def training_calls() -> Iterator[Call]:
     for act in ACTS[1:]:
         yield up("bf16", MANY, 3072, 768, act)
         yield through_activation("bf16", MANY, 768, 3072, act)
+    for rows, dtype in ((8192, "bf16"), (8192, "fp32")):
+        yield data_gradient(dtype, rows, 768, 768, 3, DTYPES[dtype], True)
+        yield weight_gradient(dtype, rows, 768, 768)
     for rows in (MANY, FEW):  # rows of 200 bytes: never by TMA
         yield up("bf16", rows, 100, 100, ACTS[0])
         yield data_gradient("bf16", rows, 100, 100, 3, torch.bfloat16, True)

@@ -60,6 +60,12 @@ def test_philox() -> None:
     assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D]
 
 
+def test_the_numbers_stay() -> None:
+    """A run continued under a later version draws what it would have drawn."""
+    kept = kept_ref(torch.tensor([2**40 + 1]), 3, torch.tensor([2]), torch.arange(64), 0.5)
+    assert sum(k << i for i, k in enumerate(kept.tolist())) == 0xD2A4DF64D43F936B
+
+
 @functools.lru_cache(maxsize=4)
 def draw(p: float, seed: int = 0, site: int = 0, block: int = 0, first: int = 0, n: int = DRAWS) -> torch.Tensor:
     return kept_ref(torch.tensor([seed]), site, ZERO + block, torch.arange(first, first + n), p)
@@ -175,6 +181,17 @@ def test_residual_layer_norm_of_autocast(name: str, dtype: torch.dtype, p: float
     for ours, low, truth in outputs("residual_layer_norm", name, *args):
         assert ours.dtype == torch.float32
         assert_error_rule(ours, low, truth)
+
+
+def test_autocast_traces() -> None:
+    """The fake outputs are fp32 too, and so are the gradients of all but x."""
+    x, residual, weight = randn(5, 8).bfloat16().requires_grad_(), randn(5, 8, seed=1).requires_grad_(), torch.ones(8)
+    token = torch.tensor([3, 0, 4, 1, 2]).int()
+    args = x, residual, weight.requires_grad_(), torch.zeros(8), 1e-5, token, None, True, True, SEED, 5, 0.3
+    torch.library.opcheck(body("residual_layer_norm", ""), args)
+    rows, padded = body("residual_layer_norm", "")(*args)
+    (rows.sum() + padded.square().sum()).backward()
+    assert [t.grad.dtype for t in (x, residual, weight)] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize("name", BODIES)

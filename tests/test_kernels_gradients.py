@@ -256,6 +256,7 @@ WRONG = [
     (*wrong("grad_input", 4, randn(6, 8, dtype=F16)), r"add is \(6, 8\) torch.float16 on cpu, expected"),
     (*wrong("grad_input_act", 2, randn(7, 8)), r"grad_input_act: pre is \(7, 8\) .* expected \(6, 8\)"),
     (*wrong("grad_input_act", 2, randn(6, 8, dtype=F16)), r"pre is \(6, 8\) torch.float16"),
+    ("grad_input_act", (*arguments("grad_input_act", 6, 12, 8, BF16)[:2], randn(6, 8), "gelu", None), r"pre is .*32"),
     (*wrong("grad_input_act", 3, "swish"), r"act='swish': expected one of"),
     (*wrong("grad_weight", 0, randn(6)), r"grad_weight: dy has shape \(6,\), expected \(T, M\)"),
     (*wrong("grad_weight", 1, randn(7, 8)), r"grad_weight: x is \(7, 8\) torch.float32 on cpu, expected \(6, K\)"),
