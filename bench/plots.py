@@ -41,7 +41,10 @@ def pyplot() -> Any:
 
 def figures(record: Record) -> dict[str, tuple[str, Figure]]:
     """name -> (caption, figure): those that the record has the numbers for."""
+    from .finetune_plots import loss_curves  # which takes its colours from here
+
     made = {"speed-up": speed_up(record), "roofline": roofline(record), "latency": latency(record)}
+    made["loss"] = loss_curves(record) if record["kind"] == "finetune" else None
     return {name: found for name, found in made.items() if found}
 
 

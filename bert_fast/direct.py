@@ -24,6 +24,7 @@ def run_directly(model: torch.nn.Module, call: Call, snapshot: Snapshot) -> Enco
     packing = make_packing(mask, call.B, call.S, device, call.skip, uniform_empty)
     inputs = call.input_ids, call.token_type_ids, call.position_ids, call.inputs_embeds
     if torch.is_grad_enabled() or snapshot.training or torch.is_autocast_enabled(device.type):
-        return encode_training(model, packing, *inputs, call.hidden, call.attentions, _hides_keys(mask))
+        masked = call.attentions and _hides_keys(mask)
+        return encode_training(model, packing, *inputs, call.hidden, call.attentions, masked)
     run = encode_folded if folded_reason(model, packing, snapshot.dtype, device) is None else encode
     return run(model, packing, *inputs, call.hidden, call.attentions, call.first_tokens_only)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.models.bert import modeling_bert as hf
 
 from bert_fast import graphs, modeling, modules
 from bert_fast.packing import resolve_padding
@@ -78,6 +79,9 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
         if why != "":  # "": not a class that has a fused form
             in_encoder = path.startswith(inside) and reason is None
             parts.append(_row(path, None if in_encoder else why))
+            if parts[-1][1] == "fused" and not in_encoder and isinstance(module, hf.BertSelfAttention):
+                called = modules.projections_reason(module)
+                parts[-1] = (path, "fused", f"without its projections: {called}" if called else "")
     tier = "encoder" if reason is None else "module" if any(how == "fused" for _, how, _ in parts) else "upstream"
     return Explanation(tier, reason, padding, (*rows, *parts), graph)
 

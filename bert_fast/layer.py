@@ -23,7 +23,7 @@ from bert_fast.kernels.attention import attention
 from bert_fast.kernels.attention_backward import attention_backward
 from bert_fast.kernels.grad_input import grad_input, grad_input_act
 from bert_fast.kernels.grad_weight import grad_weight
-from bert_fast.kernels.linear import linear
+from bert_fast.kernels.linear import linear, product_gradients
 from bert_fast.kernels.linear_gelu import linear_gelu_pre
 from bert_fast.kernels.qkv_linear import qkv_linear
 from bert_fast.kernels.registry import Grads, gradients_of
@@ -84,20 +84,20 @@ def attended(
     )  # fmt: skip
 
 
-def _first_to_last(needs: tuple[bool, ...]) -> tuple[int, int]:
-    """(first True, last True + 1), (0, 0) if there is none."""
-    wanted = [i for i, need in enumerate(needs) if need]
-    return (wanted[0], wanted[-1] + 1) if wanted else (0, 0)
-
-
 class Attend(torch.autograd.Function):
     """rows (T, h), three weights and biases, additive bias or None -> context (T, h), rows (the same)."""
 
     @staticmethod
-    def forward(ctx: Any, plan: AttendPlan, rows: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        *projections, bias = tensors
-        qkv = qkv_linear(rows.to(plan.dtype), *projections, plan.packing.n_rows)
+    def _through(plan: AttendPlan, rows: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(query, key and value, context, lse)"""
+        *parameters, bias = tensors
+        qkv = qkv_linear(rows.to(plan.dtype), *parameters, plan.packing.n_rows)
         context, _, lse = attended(plan, qkv, bias, False)
+        return qkv, context, lse
+
+    @staticmethod
+    def forward(ctx: Any, plan: AttendPlan, rows: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        qkv, context, lse = Attend._through(plan, rows, *tensors)
         ctx.plan = plan
         ctx.save_for_backward(rows, *tensors, qkv, context, lse)
         ctx.set_materialize_grads(False)
@@ -105,10 +105,8 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def chain(plan: AttendPlan, rows: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same of ops that can be differentiated twice."""
-        *projections, bias = tensors
-        qkv = qkv_linear(rows.to(plan.dtype), *projections, plan.packing.n_rows)
-        return attended(plan, qkv, bias, False)[0], rows.view_as(rows)
+        """The same, of ops that can be differentiated twice."""
+        return Attend._through(plan, rows, *tensors)[1], rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, d_context: Tensor | None, d_rows: Tensor | None) -> Grads:
@@ -116,30 +114,17 @@ class Attend(torch.autograd.Function):
         *inputs, qkv, context, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             return tuple(gradients_of(Attend.chain, [plan, *inputs], needs, [d_context, d_rows], True))
-        rows, wq, wk, wv, _, _, _, bias = inputs
         if d_context is None:
             return (None, d_rows, *[None] * 7)
-        p = plan.packing
+        p, (rows, *weights), bias = plan.packing, inputs[:4], inputs[7]
         with without_autocast(rows.device.type):
             d_qkv, d_bias = attention_backward(
                 d_context, None, qkv, bias, context, lse, p.token, p.cu_seqlens, p.kv_len, p.prefix, plan.heads,
                 plan.scale, plan.uniform_empty, *plan.dropout, needs[8],
             )  # fmt: skip
-            first, end = _first_to_last(tuple(w or b for w, b in zip(needs[2:5], needs[5:8], strict=True)))
-            d_weights: list[Tensor | None] = [None] * 3
-            d_biases: list[Tensor | None] = [None] * 3
-            if end:
-                N = wq.shape[0]
-                dw, db = grad_weight(
-                    d_qkv[:, first * N : end * N], rows.to(plan.dtype), p.n_rows, any(needs[5:8])
-                )  # fmt: skip
-                d_weights[first:end] = dw.split(N)
-                if any(needs[5:8]):
-                    d_biases[first:end] = db.split(N)
-            if needs[1]:
-                d_rows = grad_input(d_qkv, wq, wk, wv, d_rows, p.n_rows).to(rows.dtype)
-        grads = (None, d_rows if needs[1] else None, *d_weights, *d_biases, d_bias)
-        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+            d_rows, *grads = product_gradients(needs[1:8], d_qkv, rows.to(plan.dtype), weights, p.n_rows, d_rows)
+        d_rows = d_rows if d_rows is None else d_rows.to(rows.dtype)
+        return (None, d_rows, *grads, d_bias if needs[8] else None)
 
 
 class AfterAttention(torch.autograd.Function):

@@ -40,6 +40,7 @@ from bert_fast.tiers import (
     layer_norm_reason,
     linear_reason,
     module_reason,
+    norm_parts_reason,
     surroundings_reason,
     unsupported_reason,
 )
@@ -136,8 +137,11 @@ def _embedded(
     return torch.ops.aten._unsafe_view(rows, (B, S, rows.shape[1]))
 
 
-def projections_reason(module: nn.Module, weight: Tensor) -> str | None:
-    """Why query, key and value are called one by one; they must also be products of one and the same size."""
+def projections_reason(module: nn.Module) -> str | None:
+    """Why query, key and value are called one by one; None: they are products of one and the same size."""
+    weight = _weight(module.query)
+    if weight is None:
+        return "query has no ordinary weight"
     hidden = weight.shape[1]
     for name in ("query", "key", "value"):
         reason = linear_reason(getattr(module, name), hidden, module.all_head_size, weight)
@@ -188,8 +192,7 @@ def self_attention(
     eager, device = module.config._attn_implementation == "eager", hidden.device
     want_probs = want_probs or (eager and not all(map(is_capture_hook, module._forward_hooks.values())))
     dtype = compute_dtype(device.type, like.dtype)
-    weight = _weight(module.query)
-    if weight is not None and projections_reason(module, weight) is None:
+    if projections_reason(module) is None:
         qkv = None
     else:
         parts = [part(hidden) for part in (module.query, module.key, module.value)]
@@ -215,18 +218,11 @@ def self_attention(
 def output_reason(module: nn.Module) -> str | None:
     """Why dropout, residual and LayerNorm of a BertSelfOutput or BertOutput are not one launch; its dense is called."""
     weight = _weight(module.LayerNorm)
-    cls = hf.BertSelfOutput if isinstance(module, hf.BertSelfOutput) else hf.BertOutput
-    reason = _place_reason(cls, weight)
-    if reason:
-        return reason
-    assert weight is not None
-    for name, part in (
-        ("LayerNorm", layer_norm_reason(module.LayerNorm, weight.shape[0], weight)),
-        ("dropout", module_reason(module.dropout, nn.Dropout)),
-    ):
-        if part is not None:
-            return f"({name}) {part}"
-    return None
+    return _place_reason(_output_class(module), weight) or norm_parts_reason(module, weight.shape[0], weight)  # type: ignore[union-attr, arg-type]
+
+
+def _output_class(module: nn.Module) -> type:
+    return hf.BertSelfOutput if isinstance(module, hf.BertSelfOutput) else hf.BertOutput
 
 
 def _normed(module: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor | None:
@@ -246,30 +242,25 @@ def _normed(module: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor | Non
     return torch.ops.aten._unsafe_view(rows, shape)
 
 
+def _output_forward(self: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """hidden_states (B, S, hidden or intermediate), input_tensor the residual, (B, S, hidden)."""
+    if torch.compiler.is_compiling() or output_reason(self) is not None:
+        return _output_class(self).forward(self, hidden_states, input_tensor)
+    hidden = self.dense(hidden_states)
+    out = _normed(self, hidden, input_tensor)
+    return self.LayerNorm(self.dropout(hidden) + input_tensor) if out is None else out
+
+
 class BertSelfOutput(hf.BertSelfOutput):
     """The dense as it is; dropout, residual and LayerNorm in one launch."""
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """hidden_states (B, S, hidden), input_tensor the residual of the same shape."""
-        if torch.compiler.is_compiling() or output_reason(self) is not None:
-            return super().forward(hidden_states, input_tensor)
-        return _output(self, hidden_states, input_tensor)
+    forward = _output_forward
 
 
 class BertOutput(hf.BertOutput):
     """The dense as it is; dropout, residual and LayerNorm in one launch."""
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """hidden_states (B, S, intermediate), input_tensor (B, S, hidden)."""
-        if torch.compiler.is_compiling() or output_reason(self) is not None:
-            return super().forward(hidden_states, input_tensor)
-        return _output(self, hidden_states, input_tensor)
-
-
-def _output(module: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor:
-    hidden = module.dense(hidden)
-    out = _normed(module, hidden, residual)
-    return module.LayerNorm(module.dropout(hidden) + residual) if out is None else out
+    forward = _output_forward
 
 
 def intermediate_reason(module: nn.Module) -> str | None:

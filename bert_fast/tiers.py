@@ -167,18 +167,23 @@ def embeddings_reason(module: nn.Module, like: torch.Tensor) -> str | None:
     return reason and f"embeddings {reason}"
 
 
-def _output_reason(module: nn.Module, expected: type, in_features: int, hidden: int, like: torch.Tensor) -> str | None:
-    reason = module_reason(module, expected)
-    if reason:
-        return reason
+def norm_parts_reason(module: nn.Module, size: int, like: torch.Tensor) -> str | None:
+    """Why the LayerNorm and the dropout of a BertSelfOutput or BertOutput are not plain."""
     for name, part in (
-        ("dense", linear_reason(module.dense, in_features, hidden, like)),
-        ("LayerNorm", layer_norm_reason(module.LayerNorm, hidden, like)),
+        ("LayerNorm", layer_norm_reason(module.LayerNorm, size, like)),
         ("dropout", module_reason(module.dropout, nn.Dropout)),
     ):
         if part is not None:
             return f"({name}) {part}"
     return None
+
+
+def _output_reason(module: nn.Module, expected: type, in_features: int, hidden: int, like: torch.Tensor) -> str | None:
+    reason = module_reason(module, expected)
+    if reason:
+        return reason
+    part = linear_reason(module.dense, in_features, hidden, like)
+    return f"(dense) {part}" if part else norm_parts_reason(module, hidden, like)
 
 
 def attention_shape_reason(own: nn.Module) -> str | None:
@@ -346,7 +351,7 @@ _warned: set[str] = set()
 
 
 def warn_once(reason: str) -> None:
-    """Say once per reason that transformers' own code runs."""
+    """Say once per reason that a BertModel is not fused as a whole."""
     if reason not in _warned:
         _warned.add(reason)
-        logger.warning("transformers' own forward runs, not the fused one: %s", reason)
+        logger.warning("transformers' own forward drives, the model is not fused as a whole: %s", reason)

@@ -74,7 +74,7 @@ def encode_training(
 ) -> Encoded:
     """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs.
 
-    masked: a mask hides a key; the dtype of attentions depends on it under autocast.
+    masked: a mask hides a key; the dtype of attentions, where wanted, depends on it under autocast.
     """
     device = model.embeddings.word_embeddings.weight.device
     dtype = compute_dtype(device.type, model.embeddings.word_embeddings.weight.dtype)

@@ -65,9 +65,13 @@ def _without_dead_rows(attended: Attended, keep: torch.Tensor | None) -> Attende
     return per_head.view(context.shape), weights
 
 
+def _asked_for_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
+
+
 def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    wanted = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
-    return bool(wanted) and module.config._attn_implementation == "sdpa"
+    """Of sdpa, which keeps none."""
+    return module.config._attn_implementation == "sdpa" and _asked_for_weights(module, kwargs)
 
 
 class BertSelfAttention(hf.BertSelfAttention):
@@ -81,7 +85,7 @@ class BertSelfAttention(hf.BertSelfAttention):
         **kwargs: Any,
     ) -> Attended:
         if not torch.compiler.is_compiling():
-            want = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
+            want = _asked_for_weights(self, kwargs)
             fused = self_attention(self, hidden_states, attention_mask, past_key_values, want, kwargs)
             if fused is not None:
                 return fused

@@ -292,7 +292,6 @@ def _gradient(
     needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
 ) -> Grads:
     d_context, d_probs, d_lse = grads
-    needs = [*needs, *[False] * (len(inputs) - len(needs))]  # arguments left at their defaults
     if d_lse is not None:  # which no model reads
         return tuple(gradients_of(attention_ref, inputs, needs, grads))
     qkv, bias, token, cu_seqlens, kv_len, prefix, heads, scale, want_probs, uniform_empty, seed, site, p = inputs

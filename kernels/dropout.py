@@ -7,8 +7,8 @@ sequence. So a token draws the same numbers whatever padding there is and whethe
 
 Philox4x32-10 (Salmon et al. 2011) of (seed; site, block) makes two 32-bit keys, once a program. An element then takes
 a keyed 32-bit permutation of its counter (three rounds of xor-shift and multiply, the constants of Wellons' triple32)
-and is kept where the result is not below p * 2^32: 10 integer instructions, where Philox itself would take 80 and would
-cost an attention kernel more than its products do. With two rounds, neighbours are visibly correlated over 10^7 draws.
+and is kept where the result is not below p * 2^32: about a dozen integer instructions, where Philox itself would take
+80, more than an attention kernel has for all else. With two rounds, neighbours are visibly correlated over 10^7 draws.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from bert_fast.kernels.column_sums import add_partials
 from bert_fast.kernels.dropout import (
     check_dropout,
     dropout_kept,
@@ -18,7 +19,6 @@ from bert_fast.kernels.dropout import (
     threshold,
 )
 from bert_fast.kernels.layer_norm_backward import (
-    add_partials,
     check_backward,
     layer_norm_gradients,
     norm_backward,

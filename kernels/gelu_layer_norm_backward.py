@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from bert_fast.kernels.activation import BACKWARD, TORCH, activate, activate_backward, check_activation
+from bert_fast.kernels.column_sums import add_partials
 from bert_fast.kernels.layer_norm_backward import (
-    add_partials,
     check_backward,
     layer_norm_gradients,
     norm_backward,

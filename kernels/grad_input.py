@@ -69,12 +69,13 @@ def _check(op: str, dy: torch.Tensor, weights: list[torch.Tensor], name: str, ot
 
 
 def _product(dy: torch.Tensor, weights: list[torch.Tensor], add: Optional) -> torch.Tensor:
-    """torch's own GEMM. Several weights are copied together: one sum, rounded once."""
-    w = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if add is None or add.dtype != dy.dtype:
-        dx = torch.mm(dy, w)
-        return dx if add is None else add + dx
-    return torch.addmm(add, dy, w)
+    """torch's own GEMM, one part after the other."""
+    (first, w), *others = zip(dy.split(weights[0].shape[0], 1), weights, strict=True)
+    same = add is not None and add.dtype == dy.dtype
+    dx = torch.addmm(add, first, w) if same else torch.mm(first, w)
+    for part, w in others:
+        dx.addmm_(part, w)
+    return dx if same or add is None else add + dx
 
 
 def grad_input_cpu(

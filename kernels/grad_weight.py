@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bert_fast.kernels.column_sums import column_sums_triton, share_of_rows
 from bert_fast.kernels.configs import TileConfig
 from bert_fast.kernels.gemm import _tile, tile_options, used_rows
 from bert_fast.kernels.grad_gemm import dense_rows, descriptors_fit, gradient_tile
@@ -33,23 +34,12 @@ from bert_fast.kernels.runtime import (
 Pair = tuple[torch.Tensor, torch.Tensor]
 MAX_SPLIT = 8
 SUM_BLOCK = 1024  # elements that a program of the second kernel adds up
-BIAS_ROWS, BIAS_COLUMNS = 32, 128  # of a tile of the column sums
-BIAS_PROGRAMS_PER_SM = 4
 
 
 def grad_weight_ref(dy: torch.Tensor, x: torch.Tensor, n_rows: torch.Tensor | None, want_bias: bool) -> Pair:
     """dy (T, M), x (T, K), n_rows int32 (1,) or None (all T); returns (dw (M, K), db (M,) or empty)."""
     n = used_rows(dy, n_rows)
     return dy[:n].t() @ x[:n], dy[:n].sum(0) if want_bias else dy.new_empty(0)
-
-
-@triton.jit
-def _share(T, BLOCK: tl.constexpr):
-    """(first row, end of its whole blocks, end) of this program's part of T rows."""
-    share = tl.cdiv(tl.cdiv(T, BLOCK), tl.num_programs(1)) * BLOCK
-    first = tl.program_id(1) * share
-    end = min(first + share, T)
-    return first, first + max(end - first, 0) // BLOCK * BLOCK, end
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["n_rows_ptr"])
@@ -65,7 +55,7 @@ def _grad_weight_pointer_kernel(
     follow_previous(PDL)
     if HAS_N_ROWS:
         T = tl.load(n_rows_ptr)
-    first, _, end = _share(T, BLOCK_K)
+    first, _, end = share_of_rows(T, BLOCK_K)
     pid_m, pid_n = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -93,7 +83,7 @@ def _grad_weight_tma_kernel(
     follow_previous(PDL)
     if HAS_N_ROWS:
         T = tl.load(n_rows_ptr)
-    first, whole, end = _share(T, BLOCK_K)
+    first, whole, end = share_of_rows(T, BLOCK_K)
     pid_m, pid_n = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row = pid_m * BLOCK_M
     col = pid_n * BLOCK_N
@@ -109,26 +99,6 @@ def _grad_weight_tma_kernel(
     cols = col + tl.arange(0, BLOCK_N)
     at = (tl.program_id(1) * M + rows).to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
-
-
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["n_rows_ptr"])
-def _column_sums_kernel(
-    dy_ptr,
-    sums_ptr,  # fp32 (programs along the rows, N)
-    n_rows_ptr, T, N, stride_dy,
-    PDL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    follow_previous(PDL)
-    T = min(T, tl.load(n_rows_ptr))
-    first, _, end = _share(T, BLOCK_T)
-    rows = first + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for t in range(first, end, BLOCK_T):
-        mask = (rows < end - (t - first))[:, None] & (cols < N)[None, :]
-        at = (rows + (t - first)).to(tl.int64)[:, None] * stride_dy + cols[None, :]
-        total += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -185,27 +155,6 @@ def _sum_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     _sum_parts_kernel[(ceil_div(size, SUM_BLOCK),)](
         parts, out, parts.shape[0], size, BLOCK=SUM_BLOCK, **launch_options()
     )
-
-
-def column_sums(dy: torch.Tensor, n_rows: torch.Tensor | None) -> torch.Tensor:
-    """The bias gradient alone: (M,) sums of the rows in use."""
-    if n_rows is None or dy.device.type == "cpu":
-        return dy[: used_rows(dy, n_rows)].sum(0)
-    return column_sums_triton(dy, n_rows)
-
-
-def column_sums_triton(dy: torch.Tensor, n_rows: torch.Tensor) -> torch.Tensor:
-    (T, N), dy = dy.shape, dense_rows(dy)
-    columns = ceil_div(N, BIAS_COLUMNS)
-    programs = max(1, min(BIAS_PROGRAMS_PER_SM * num_sms(dy.device) // max(columns, 1), ceil_div(T, BIAS_ROWS)))
-    sums, db = dy.new_empty(programs, N, dtype=torch.float32), dy.new_empty(N)
-    if N:
-        with device_guard(dy):
-            _column_sums_kernel[columns, programs](
-                dy, sums, n_rows, T, N, dy.stride(0), BLOCK_T=BIAS_ROWS, BLOCK_C=BIAS_COLUMNS, **launch_options()
-            )
-            _sum_parts(sums, db)
-    return db
 
 
 def grad_weight_triton(

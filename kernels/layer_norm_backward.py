@@ -5,7 +5,7 @@ column sums of dy * xhat, d_bias those of dy (Ba, Kiros & Hinton 2016). mean and
 to be read for xhat anyway.
 
 A program walks the tiles of ROWS rows pid, pid + programs, ... and keeps its column sums in registers; they are written
-once, fp32 (programs, sums, N), and added up by a second kernel in a fixed order: no atomics, the same bits every time.
+once, fp32 (programs, sums, N), and added up by a second kernel (kernels/column_sums.py): no atomics.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import torch
 
 from bert_fast.kernels.runtime import (
     ceil_div,
-    device_guard,
-    follow_previous,
-    launch_options,
     next_power_of_2,
     num_sms,
     tl,
@@ -51,30 +48,6 @@ def store_partials(partial_ptr, index: tl.constexpr, SUMS: tl.constexpr, sums, N
     tl.store(partial_ptr + at, sums, mask=cols < N)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def _add_partials_kernel(
-    partial_ptr, y0_ptr, y1_ptr, y2_ptr, programs, N,
-    SUMS: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_N columns of one of the sums, over all partials in a fixed order."""
-    follow_previous(PDL)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    which = tl.program_id(1)
-    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for first in range(0, programs, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        at = (rows[:, None] * SUMS + which) * N + cols[None, :]
-        acc += tl.load(partial_ptr + at, mask=(rows < programs)[:, None] & (cols < N)[None, :], other=0.0)
-    total = tl.sum(acc, 0)
-    if which == 0:
-        tl.store(y0_ptr + cols, total.to(y0_ptr.dtype.element_ty), mask=cols < N)
-    if which == 1:
-        tl.store(y1_ptr + cols, total.to(y1_ptr.dtype.element_ty), mask=cols < N)
-    if SUMS > 2:
-        if which == 2:
-            tl.store(y2_ptr + cols, total.to(y2_ptr.dtype.element_ty), mask=cols < N)
-
-
 def tile_of(T: int, N: int, device: torch.device) -> tuple[int, dict[str, int]]:
     """(programs, tile and warps) of a backward over T rows of N.
 
@@ -85,16 +58,6 @@ def tile_of(T: int, N: int, device: torch.device) -> tuple[int, dict[str, int]]:
     warps = min(max(BLOCK_N // 256, 1), 8)
     programs = max(1, min(ceil_div(T, ROWS), WARPS_PER_SM // warps * num_sms(device)))
     return programs, {"ROWS": ROWS, "BLOCK_N": BLOCK_N, "num_warps": warps}
-
-
-def add_partials(partial: torch.Tensor, sums: Sequence[torch.Tensor]) -> None:
-    """partial, fp32 (programs, len(sums), N), added up over programs into two or three (N,), each in its own dtype."""
-    programs, n_sums, N = partial.shape
-    with device_guard(partial):
-        _add_partials_kernel[(ceil_div(N, 32), n_sums)](
-            partial, sums[0], sums[1], sums[-1], programs, N, SUMS=n_sums, ROWS=64, BLOCK_N=32, num_warps=4,
-            **launch_options(),
-        )  # fmt: skip
 
 
 def output_gradient(

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bert_fast.kernels.column_sums import column_sums
 from bert_fast.kernels.gemm import check_linear, gemm_triton, used_rows
 from bert_fast.kernels.grad_input import grad_input
-from bert_fast.kernels.grad_weight import column_sums, grad_weight
+from bert_fast.kernels.grad_weight import grad_weight
 from bert_fast.kernels.registry import Grads, register
 
 
@@ -76,9 +77,12 @@ def _linear_fake(
 
 def product_gradients(
     needs: Sequence[bool], dy: torch.Tensor, x: torch.Tensor, weights: Sequence[torch.Tensor],
-    n_rows: torch.Tensor | None,
+    n_rows: torch.Tensor | None, add: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Gradients of x, the weights and the biases of products side by side; needs: of these, in this order."""
+    """Gradients of x, the weights and the biases of products side by side; needs: of these, in this order.
+
+    add: another gradient of x, summed in the same launch.
+    """
     N, parts = weights[0].shape[0], len(weights)
     want = needs[1 : 1 + parts], needs[1 + parts :]
     wanted = [i for i in range(parts) if want[0][i] or want[1][i]]
@@ -94,7 +98,7 @@ def product_gradients(
             db = column_sums(columns, n_rows)
         if any(want[1]):
             d_biases[first:end] = db.split(N)
-    dx = grad_input(dy, *weights, *[None] * (3 - parts), None, n_rows) if needs[0] else None
+    dx = grad_input(dy, *weights, *[None] * (3 - parts), add, n_rows) if needs[0] else None
     return [g if need else None for g, need in zip((dx, *d_weights, *d_biases), needs, strict=True)]
 
 

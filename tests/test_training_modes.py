@@ -376,7 +376,6 @@ def fine_tune(model, cls, folder, **arguments):
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.parametrize("cls", HEADS)
 def test_trainer(cls, name, tmp_path):
-    pytest.importorskip("accelerate")
     upstream, ours = pair(cls, **NO_DROPOUT)
     inputs, arguments, half = head_inputs(cls, labels=True), TRAINERS[name], name == "bf16"
     wanted = fine_tune(upstream, cls, tmp_path / "upstream", **arguments)
