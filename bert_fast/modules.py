@@ -141,7 +141,7 @@ def projections_reason(module: nn.Module) -> str | None:
     """Why query, key and value are called one by one; None: they are products of one and the same size."""
     weight = _weight(module.query)
     if weight is None:
-        return "query has no ordinary weight"
+        return f"query {module_reason(module.query, nn.Linear) or 'has no ordinary weight'}"
     hidden = weight.shape[1]
     for name in ("query", "key", "value"):
         reason = linear_reason(getattr(module, name), hidden, module.all_head_size, weight)

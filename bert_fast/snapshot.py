@@ -86,7 +86,6 @@ class Snapshot:
         self._dicts = [m.__dict__ for m in below if id(m) not in unread]
         self._lengths = list(map(len, self._dicts))
         self._training = list(map(_TRAINING, self._dicts))
-        self._model_training = model.training
         self.training = model.training or any(self._training)
         self._layers = list(model.encoder.layer)
         self._checkpointing = list(map(_CHECKPOINTING, self._layers))
@@ -130,14 +129,15 @@ class Snapshot:
         return True
 
     def holds(self, model: nn.Module) -> bool:
-        """Whether a walk over `model`, the one this was taken of, would still find everything plain and in place."""
+        """Whether a walk over `model`, the one this was taken of, would still find everything plain and in place.
+
+        The model's own training flag is its owner's to compare (`held`).
+        """
         children = _flat(self._trees)
         if children != self._children or list(map(type, children)) != self._types:
             return False
         dicts = self._dicts
         if list(map(len, dicts)) != self._lengths or list(map(_TRAINING, dicts)) != self._training:
-            return False
-        if model.training != self._model_training:
             return False
         if not self._same_hooks() or list(map(_CHECKPOINTING, self._layers)) != self._checkpointing:
             return False

@@ -102,9 +102,9 @@ def gradients_of(
         a if not need else a.view_as(a) if create_graph else a.detach().requires_grad_()
         for a, need in zip(args, needs, strict=True)
     ]
-    # an op's CPU body may run where autograd is switched off: below a traced graph, or in inference mode
-    below = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with torch.inference_mode(False), below, torch.enable_grad():
+    # an op's CPU body may run where autograd is switched off, below a traced graph or a TorchDispatchMode: leaving
+    # inference mode switches it on again
+    with torch.inference_mode(False), torch.enable_grad():
         out = ref(*args)
     outputs = out if isinstance(out, tuple) else (out,)
     pairs = [

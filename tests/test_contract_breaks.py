@@ -94,6 +94,15 @@ def test_a_hook_that_replaces_an_output(name):
     assert (ours(**inputs).pooler_output - before.pooler_output).abs().max() > 1e-3
 
 
+def test_a_hook_on_eager_self_attention_sees_the_weights():
+    """Without asking for them: transformers' eager attention always has them."""
+    seen = []
+    for model in pair(attn="eager"):
+        model.encoder.layer[1].attention.self.register_forward_hook(lambda m, args, out: seen.append(out[1]))
+        model(**model_inputs(kind="right"))
+    assert_close_fp32(seen[1], seen[0])
+
+
 def test_capture_hooks_left_by_an_upstream_call_do_not_end_the_encoder_tier():
     upstream, ours = pair()
     inputs = model_inputs(kind="right")
@@ -146,7 +155,9 @@ def test_wrapped_linear_layers(leaf, wrap):
     for model in (upstream, ours):
         replace(model, leaf, wrap)
         model.eval()
-    assert_tier(ours, model_inputs(), "module", r"linear|lowrank|doubled|sequential|query|key|value|dense")
+    told = assert_tier(ours, model_inputs(), "module", r"linear|lowrank|doubled|sequential|query|key|value|dense")
+    if leaf != "dense":
+        assert f"without its projections: {leaf} is a" in str(told)
     agree(upstream, ours, **FLAGS)
 
 

@@ -22,6 +22,9 @@ from helpers import (
 )
 from test_contract_precision import gradient_kind, pooled
 
+from bert_fast.packing import make_packing
+from bert_fast.training import differentiable_context
+
 FLAGS = {"output_hidden_states": True, "output_attentions": True}
 HEADS = [cls for cls in CLASSES if cls != "BertModel"]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -143,6 +146,37 @@ def test_seeds():
     assert not torch.equal(*twice), "two steps drop the same"
     evaluated = [ours.eval()(**inputs).last_hidden_state for _ in range(2)]
     assert torch.equal(*evaluated) and not torch.equal(evaluated[0], twice[0])
+
+
+def test_dropout_without_gradients():
+    """Monte Carlo dropout: a model in training mode under no_grad."""
+    _, ours = pair(**DROPOUT)
+    inputs = model_inputs(kind="right")
+    with torch.no_grad():
+        evaluated, runs = ours(**inputs).last_hidden_state, []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            runs.append(ours.train()(**inputs).last_hidden_state)
+        torch.manual_seed(1)
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert (runs[0] - evaluated).abs().max() > 0.1
+    with torch.enable_grad():
+        assert torch.equal(ours(**inputs).last_hidden_state, runs[0]), "gradients change what is dropped"
+
+
+def test_undefined_rows_stay_out_of_the_context_of_returned_attentions():
+    """On a GPU rows past the real ones, and their gradients, may be NaN."""
+    packing = make_packing(torch.tensor([[1, 1, 0], [1, 0, 0]]), 2, 3, torch.device("cpu"), True, False)
+    n = int(packing.n_rows)
+    qkv, probs = torch.randn(6, 24), torch.rand(2, 2, 3, 3)
+    qkv[n:] = float("nan")
+    qkv.requires_grad_(), probs.requires_grad_()
+    context = differentiable_context(qkv, probs, packing)
+    gradient = torch.randn(6, 8)
+    gradient[n:] = float("nan")
+    context.backward(gradient)
+    assert n == 3 and context[:n].isfinite().all()
+    assert qkv.grad[:n].isfinite().all() and probs.grad.isfinite().all() and probs.grad.abs().sum() > 0
 
 
 def test_gradients_are_the_same_to_the_bit_for_one_seed():
