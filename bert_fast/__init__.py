@@ -5,6 +5,7 @@
 
 from transformers import BertConfig, BertPreTrainedModel
 
+from bert_fast.accelerate import accelerate, restore
 from bert_fast.explain import Explanation, explain
 from bert_fast.modeling import (
     BertForMaskedLM,
@@ -34,5 +35,7 @@ __all__ = [
     "BertPreTrainedModel",
     "Explanation",
     "__version__",
+    "accelerate",
     "explain",
+    "restore",
 ]

@@ -7,6 +7,7 @@ a forward and nothing else: parameters, state_dict keys, random numbers drawn, h
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,9 +65,8 @@ class _Fast:
         Raises ValueError for any other value.
         """
         check_padding(padding)
-        for module in self.modules():
-            if isinstance(module, _Fast):
-                module._padding = padding
+        for module in fast_modules(self):
+            module._padding = padding
         return self
 
     @classmethod
@@ -238,8 +238,16 @@ SWAPS: dict[type, type] = {
     for cls in (
         *(BertModel, BertEmbeddings, BertSelfAttention, BertCrossAttention, BertSelfOutput),
         *(BertIntermediate, BertOutput, BertPooler, BertPredictionHeadTransform),
+        *(BertForPreTraining, BertLMHeadModel, BertForMaskedLM, BertForNextSentencePrediction),
+        *(BertForSequenceClassification, BertForMultipleChoice, BertForTokenClassification, BertForQuestionAnswering),
     )
 }
+UPSTREAM: dict[type, type] = {ours: upstream for upstream, ours in SWAPS.items()}
+
+
+def fast_modules(model: torch.nn.Module) -> Iterator[_Fast]:
+    """The models and heads in `model` that have a padding mode."""
+    return (module for module in model.modules() if isinstance(module, _Fast))
 
 
 def swap_classes(model: torch.nn.Module) -> None:
@@ -248,6 +256,6 @@ def swap_classes(model: torch.nn.Module) -> None:
         ours = SWAPS.get(type(module))
         if ours is not None:
             module.__class__ = ours
-            if ours is BertModel:  # transformers looks the outputs to capture up by class
+            if issubclass(ours, hf.PreTrainedModel):  # transformers looks the outputs to capture up by class
                 key = module if SELECTS_HIDDEN_STATES else str(ours)
                 output_capturing._CAN_RECORD_REGISTRY[key] = module._can_record_outputs
