@@ -33,16 +33,17 @@ from bert_fast.kernels.runtime import device_guard, follow_previous, launch_opti
 
 
 def embed_layer_norm_ref(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor | None, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
     n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
-    p: float = 0.0,
+    p: float = 0.0, position_padding_idx: int = -1,
 ) -> Pair:  # fmt: skip
     """input_ids (B, S) or inputs_embeds (B, S, N), exactly one; token_type_ids, position_ids (B, S), strides of 0 fine.
 
-    word (V, N), token_type (types, N), position (P, N) tables; weight, bias (N,); padding_idx: the word row
-    that gets no gradient, or -1; token int32 (B*S,), n_rows int32 (1,) or None (all); seed, site, p:
+    word (V, N), token_type (types, N), position (P, N) tables; weight, bias (N,); padding_idx, position_padding_idx:
+    the row of that table that gets no gradient, or -1; token_type_ids and token_type: None where a model has none;
+    token int32 (B*S,), n_rows int32 (1,) or None (all); seed, site, p:
     kernels/dropout.py. Returns (rows (B*S, N), padded (B*S, N)), empty where not wanted.
     """
     index = token[: used_rows(token, n_rows)].long()
@@ -51,8 +52,10 @@ def embed_layer_norm_ref(
         h = F.embedding(input_ids.reshape(-1)[index], word, None if padding_idx < 0 else padding_idx)
     else:
         h = inputs_embeds.reshape(-1, word.shape[1])[index]
-    h = h + F.embedding(token_type_ids.reshape(-1)[index], token_type)
-    h = h + F.embedding(position_ids.reshape(-1)[index], position)
+    if token_type is not None:
+        h = h + F.embedding(token_type_ids.reshape(-1)[index], token_type)
+    skipped = None if position_padding_idx < 0 else position_padding_idx
+    h = h + F.embedding(position_ids.reshape(-1)[index], position, skipped)
     y = dropout_rows_ref(F.layer_norm(h, (word.shape[1],), weight, bias, eps), token, seed, site, p)
     rows = F.pad(y, (0, 0, 0, token.shape[0] - len(index))) if want_rows else y.new_empty(0)
     return rows, to_padded(y, token, len(index)) if want_padded else y.new_empty(0)
@@ -78,8 +81,8 @@ def _embed_layer_norm_kernel(
     types_ptr, stride_types_b, stride_types_s, positions_ptr, stride_positions_b, stride_positions_s,
     word_ptr, type_ptr, position_ptr, weight_ptr, bias_ptr, rows_ptr, padded_ptr, token_ptr, n_rows_ptr,
     seed_ptr, S, N, n_words, n_types, n_positions, eps, site, threshold, rescale,
-    HAS_IDS: tl.constexpr, HAS_N_ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr, WANT_ROWS: tl.constexpr,
-    WANT_PADDED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_N_ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    WANT_ROWS: tl.constexpr, WANT_PADDED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     follow_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -96,7 +99,8 @@ def _embed_layer_norm_kernel(
         else:
             embeds = embeds_ptr + b * stride_embeds_b + s * stride_embeds_s + cols.to(tl.int64) * stride_embeds_n
             h = tl.load(embeds, mask=cols < N, other=0.0).to(tl.float32)
-        h += _gather(type_ptr, tl.load(types_ptr + b * stride_types_b + s * stride_types_s), n_types, cols, N)
+        if HAS_TYPES:
+            h += _gather(type_ptr, tl.load(types_ptr + b * stride_types_b + s * stride_types_s), n_types, cols, N)
         at = tl.load(positions_ptr + b * stride_positions_b + s * stride_positions_s)
         h += _gather(position_ptr, at, n_positions, cols, N)
         y = _layer_norm(tl.where(cols < N, h, 0.0), weight_ptr, bias_ptr, cols, N, eps)
@@ -108,80 +112,74 @@ def _embed_layer_norm_kernel(
 
 
 def _check(
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    word: torch.Tensor,
-    tables: dict[str, torch.Tensor],
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    indices: dict[str, torch.Tensor],
-    token: torch.Tensor,
-) -> None:
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor | None, position: torch.Tensor,
+    weight: torch.Tensor, bias: torch.Tensor, token: torch.Tensor,
+) -> None:  # fmt: skip
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("embed_layer_norm: expected exactly one of input_ids and inputs_embeds")
+    if (token_type_ids is None) != (token_type is None):
+        raise ValueError("embed_layer_norm: expected both of token_type_ids and token_type, or neither")
     check_layer_norm("embed_layer_norm", word, weight, bias)
-    for name, t in {"word": word, **tables}.items():
-        if t.dim() != 2 or t.shape[1] != word.shape[1] or not t.is_contiguous():
+    for name, t in {"word": word, "token_type": token_type, "position": position}.items():
+        if t is not None and (t.dim() != 2 or t.shape[1] != word.shape[1] or not t.is_contiguous()):
             raise ValueError(f"embed_layer_norm: {name} is {tuple(t.shape)}, expected dense (rows, {word.shape[1]})")
     shape = tuple(input_ids.shape) if inputs_embeds is None else tuple(inputs_embeds.shape[:2])  # type: ignore[union-attr]
-    for name, t in indices.items():
-        if tuple(t.shape) != shape:
+    for name, t in {"token_type_ids": token_type_ids, "position_ids": position_ids}.items():
+        if t is not None and tuple(t.shape) != shape:
             raise ValueError(f"embed_layer_norm: {name} has shape {tuple(t.shape)}, expected {shape}")
     if token.shape[0] != shape[0] * shape[1]:
         raise ValueError(f"embed_layer_norm: token has {token.shape[0]} entries, expected {shape[0] * shape[1]}")
 
 
 def embed_layer_norm_cpu(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor | None, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
     n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
-    p: float = 0.0,
+    p: float = 0.0, position_padding_idx: int = -1,
 ) -> Pair:  # fmt: skip
-    tables = {"token_type": token_type, "position": position}
-    indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-    _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
+    _check(input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, weight, bias, token)
     check_dropout("embed_layer_norm", seed, p, word.device)
     return embed_layer_norm_ref(
         input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, weight, bias, eps,
-        padding_idx, token, n_rows, want_rows, want_padded, seed, site, p,
+        padding_idx, token, n_rows, want_rows, want_padded, seed, site, p, position_padding_idx,
     )  # fmt: skip
 
 
 def embed_layer_norm_triton(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor | None, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
     n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
-    p: float = 0.0,
+    p: float = 0.0, position_padding_idx: int = -1,
 ) -> Pair:  # fmt: skip
-    tables = {"token_type": token_type, "position": position}
-    indices = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-    _check(input_ids, inputs_embeds, word, tables, weight, bias, indices, token)
+    _check(input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, weight, bias, token)
     check_dropout("embed_layer_norm", seed, p, word.device)
-    T, N, S = token.shape[0], word.shape[1], token_type_ids.shape[1]
+    T, N, S = token.shape[0], word.shape[1], position_ids.shape[1]
     rows, padded = word.new_empty((T, N) if want_rows else 0), word.new_empty((T, N) if want_padded else 0)
     BLOCK_N = next_power_of_2(N)
     with device_guard(word):
         _embed_layer_norm_kernel[(T,)](
             input_ids, *((0, 0) if input_ids is None else input_ids.stride()),
             inputs_embeds, *((0, 0, 0) if inputs_embeds is None else inputs_embeds.stride()),
-            token_type_ids, *token_type_ids.stride(), position_ids, *position_ids.stride(),
+            token_type_ids, *((0, 0) if token_type_ids is None else token_type_ids.stride()),
+            position_ids, *position_ids.stride(),
             word, token_type, position, weight.contiguous(), bias.contiguous(), rows, padded, token, n_rows,
-            seed if p else None, S, N, word.shape[0], token_type.shape[0], position.shape[0], eps, site, threshold(p),
-            rescale(p), HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, HAS_DROPOUT=p > 0,
-            WANT_ROWS=want_rows, WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N),
-            **launch_options(),
+            seed if p else None, S, N, word.shape[0], 0 if token_type is None else token_type.shape[0],
+            position.shape[0], eps, site, threshold(p), rescale(p), HAS_IDS=input_ids is not None,
+            HAS_TYPES=token_type is not None, HAS_N_ROWS=n_rows is not None, HAS_DROPOUT=p > 0, WANT_ROWS=want_rows,
+            WANT_PADDED=want_padded, BLOCK_N=BLOCK_N, num_warps=num_warps(BLOCK_N), **launch_options(),
         )  # fmt: skip
     return rows, padded
 
 
 def _embed_layer_norm_fake(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor,
-    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor, position: torch.Tensor,
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor | None, position: torch.Tensor,
     weight: torch.Tensor, bias: torch.Tensor, eps: float, padding_idx: int, token: torch.Tensor,
     n_rows: torch.Tensor | None, want_rows: bool, want_padded: bool, seed: torch.Tensor | None = None, site: int = 0,
-    p: float = 0.0,
+    p: float = 0.0, position_padding_idx: int = -1,
 ) -> Pair:  # fmt: skip
     shape = (token.shape[0], word.shape[1])
     return word.new_empty(shape if want_rows else 0), word.new_empty(shape if want_padded else 0)
@@ -196,14 +194,14 @@ def _gradient(
         return (None,) * len(inputs)
     dh, d_weight, d_bias = embed_layer_norm_backward(
         dy, dy_padded, ids, embeds, types, positions, word, token_type, position, weight, eps, token, n_rows,
-        *inputs[15:],
+        *inputs[15:18],
     )  # fmt: skip
     found: list[torch.Tensor | None] = [None] * len(inputs)
     found[7:9] = d_weight, d_bias
     if embeds is not None:
         found[1] = dh.view(embeds.shape).to(embeds.dtype)
     # a table that the sum did not read (word, with inputs_embeds) has no gradient
-    tables = (4, ids, word, padding_idx), (5, types, token_type, -1), (6, positions, position, -1)
+    tables = (4, ids, word, padding_idx), (5, types, token_type, -1), (6, positions, position, inputs[18])
     for at, index, table, skipped in tables:
         if needs[at] and index is not None:
             found[at] = table_gradient(dh, index, table, skipped)
@@ -211,10 +209,10 @@ def _gradient(
 
 
 embed_layer_norm = register(
-    "embed_layer_norm(Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids,"
-    " Tensor word, Tensor token_type, Tensor position, Tensor weight, Tensor bias, float eps, int padding_idx,"
-    " Tensor token, Tensor? n_rows, bool want_rows, bool want_padded, Tensor? seed=None, int site=0, float p=0.0)"
-    " -> (Tensor, Tensor)",
+    "embed_layer_norm(Tensor? input_ids, Tensor? inputs_embeds, Tensor? token_type_ids, Tensor position_ids,"
+    " Tensor word, Tensor? token_type, Tensor position, Tensor weight, Tensor bias, float eps, int padding_idx,"
+    " Tensor token, Tensor? n_rows, bool want_rows, bool want_padded, Tensor? seed=None, int site=0, float p=0.0,"
+    " int position_padding_idx=-1) -> (Tensor, Tensor)",
     ref=embed_layer_norm_ref,
     cpu=embed_layer_norm_cpu,
     cuda=embed_layer_norm_triton,

@@ -43,18 +43,20 @@ def table_gradient(dh: torch.Tensor, index: torch.Tensor, table: torch.Tensor, p
 
 def _check(
     dy: torch.Tensor, dy_padded: bool, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor, position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor,
-    position: torch.Tensor, weight: torch.Tensor, token: torch.Tensor, seed: torch.Tensor | None, p: float,
+    token_type_ids: torch.Tensor | None, position_ids: torch.Tensor, word: torch.Tensor,
+    token_type: torch.Tensor | None, position: torch.Tensor, weight: torch.Tensor,
+    token: torch.Tensor, seed: torch.Tensor | None, p: float,
 ) -> None:  # fmt: skip
     op = "embed_layer_norm_backward"
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"{op}: expected exactly one of input_ids and inputs_embeds")
-    shape = token_type_ids.shape
+    shape = position_ids.shape
     first = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-    if first.shape != shape or position_ids.shape != shape or token.shape[0] != shape.numel():  # type: ignore[union-attr]
+    shapes = {x.shape for x in (first, token_type_ids) if x is not None}
+    if shapes != {shape} or token.shape[0] != shape.numel():
         raise ValueError(f"{op}: the indices and {token.shape[0]} tokens do not fit {tuple(shape)}")
     for name, t in {"word": word, "token_type": token_type, "position": position}.items():
-        if t.dim() != 2 or t.shape[1] != word.shape[1] or not t.is_contiguous():
+        if t is not None and (t.dim() != 2 or t.shape[1] != word.shape[1] or not t.is_contiguous()):
             raise ValueError(f"{op}: {name} is {tuple(t.shape)}, expected dense (rows, {word.shape[1]})")
     check_backward(op, dy, dy_padded, word.new_empty(1).expand(token.shape[0], word.shape[1]), weight, token)
     check_dropout(op, seed, p, word.device)
@@ -78,8 +80,8 @@ def _embed_layer_norm_backward_kernel(
     stride_embeds_n, types_ptr, stride_types_b, stride_types_s, positions_ptr, stride_positions_b, stride_positions_s,
     word_ptr, type_ptr, position_ptr, weight_ptr, token_ptr, n_rows_ptr, seed_ptr, dh_ptr, partial_ptr,
     T, S, N, n_words, n_types, n_positions, eps, site, threshold, rescale,
-    HAS_IDS: tl.constexpr, HAS_N_ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DY_PADDED: tl.constexpr,
-    PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_N_ROWS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    DY_PADDED: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: tiles of ROWS rows, as far apart as there are programs; rows that are none get zeros."""
     follow_previous(PDL)
@@ -106,8 +108,9 @@ def _embed_layer_norm_backward_kernel(
         else:
             embeds = embeds_ptr + b * stride_embeds_b + s * stride_embeds_s + cols.to(tl.int64) * stride_embeds_n
             h = tl.load(embeds, mask=mask, other=0.0).to(tl.float32)
-        index = tl.load(types_ptr + b * stride_types_b + s * stride_types_s, mask=is_row, other=0)
-        h += _gather(type_ptr, index, n_types, mask, cols, N)
+        if HAS_TYPES:
+            index = tl.load(types_ptr + b * stride_types_b + s * stride_types_s, mask=is_row, other=0)
+            h += _gather(type_ptr, index, n_types, mask, cols, N)
         index = tl.load(positions_ptr + b * stride_positions_b + s * stride_positions_s, mask=is_row, other=0)
         h += _gather(position_ptr, index, n_positions, mask, cols, N)
         h = tl.where(mask, h, 0.0)
@@ -126,9 +129,9 @@ def _embed_layer_norm_backward_kernel(
 
 def embed_layer_norm_backward_cpu(
     dy: torch.Tensor, dy_padded: bool, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor, position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor,
-    position: torch.Tensor, weight: torch.Tensor, eps: float, token: torch.Tensor, n_rows: torch.Tensor | None,
-    seed: torch.Tensor | None, site: int, p: float,
+    token_type_ids: torch.Tensor | None, position_ids: torch.Tensor, word: torch.Tensor,
+    token_type: torch.Tensor | None, position: torch.Tensor, weight: torch.Tensor, eps: float,
+    token: torch.Tensor, n_rows: torch.Tensor | None, seed: torch.Tensor | None, site: int, p: float,
 ) -> Three:  # fmt: skip
     indices = (token_type_ids, position_ids)
     _check(
@@ -139,7 +142,8 @@ def embed_layer_norm_backward_cpu(
         h = word[input_ids.reshape(-1)[index]]  # type: ignore[union-attr]
     else:
         h = inputs_embeds.reshape(-1, word.shape[1])[index]
-    h = h + token_type[token_type_ids.reshape(-1)[index]]
+    if token_type is not None:
+        h = h + token_type[token_type_ids.reshape(-1)[index]]
     h = h + position[position_ids.reshape(-1)[index]]
     dy = dropout_rows_ref(dy[index] if dy_padded else dy[: len(index)], token, seed, site, p)
     dh, d_weight, d_bias = layer_norm_gradients(dy, h, weight, eps)
@@ -148,15 +152,15 @@ def embed_layer_norm_backward_cpu(
 
 def embed_layer_norm_backward_triton(
     dy: torch.Tensor, dy_padded: bool, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor, position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor,
-    position: torch.Tensor, weight: torch.Tensor, eps: float, token: torch.Tensor, n_rows: torch.Tensor | None,
-    seed: torch.Tensor | None, site: int, p: float,
+    token_type_ids: torch.Tensor | None, position_ids: torch.Tensor, word: torch.Tensor,
+    token_type: torch.Tensor | None, position: torch.Tensor, weight: torch.Tensor, eps: float,
+    token: torch.Tensor, n_rows: torch.Tensor | None, seed: torch.Tensor | None, site: int, p: float,
 ) -> Three:  # fmt: skip
     indices = (token_type_ids, position_ids)
     _check(
         dy, dy_padded, input_ids, inputs_embeds, *indices, word, token_type, position, weight, token, seed, p
     )  # fmt: skip
-    T, N, S = token.shape[0], word.shape[1], token_type_ids.shape[1]
+    T, N, S = token.shape[0], word.shape[1], position_ids.shape[1]
     dh, *sums = outputs = word.new_empty(T, N), weight.new_empty(N), weight.new_empty(N)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     programs, tile = tile_of(T, N, word.device)
@@ -165,11 +169,12 @@ def embed_layer_norm_backward_triton(
         _embed_layer_norm_backward_kernel[(programs,)](
             dy, dy.stride(0), input_ids, *((0, 0) if input_ids is None else input_ids.stride()),
             inputs_embeds, *((0, 0, 0) if inputs_embeds is None else inputs_embeds.stride()),
-            token_type_ids, *token_type_ids.stride(), position_ids, *position_ids.stride(),
+            token_type_ids, *((0, 0) if token_type_ids is None else token_type_ids.stride()),
+            position_ids, *position_ids.stride(),
             word, token_type, position, weight.contiguous(), token, n_rows, seed if p else None, dh, partial,
-            T, S, N, word.shape[0], token_type.shape[0], position.shape[0], eps, site, threshold(p), rescale(p),
-            HAS_IDS=input_ids is not None, HAS_N_ROWS=n_rows is not None, HAS_DROPOUT=p > 0, DY_PADDED=dy_padded,
-            **tile, **launch_options(),
+            T, S, N, word.shape[0], 0 if token_type is None else token_type.shape[0], position.shape[0], eps, site,
+            threshold(p), rescale(p), HAS_IDS=input_ids is not None, HAS_TYPES=token_type is not None,
+            HAS_N_ROWS=n_rows is not None, HAS_DROPOUT=p > 0, DY_PADDED=dy_padded, **tile, **launch_options(),
         )  # fmt: skip
     add_partials(partial, sums)
     return outputs
@@ -177,16 +182,16 @@ def embed_layer_norm_backward_triton(
 
 def _embed_layer_norm_backward_fake(
     dy: torch.Tensor, dy_padded: bool, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None,
-    token_type_ids: torch.Tensor, position_ids: torch.Tensor, word: torch.Tensor, token_type: torch.Tensor,
-    position: torch.Tensor, weight: torch.Tensor, eps: float, token: torch.Tensor, n_rows: torch.Tensor | None,
-    seed: torch.Tensor | None, site: int, p: float,
+    token_type_ids: torch.Tensor | None, position_ids: torch.Tensor, word: torch.Tensor,
+    token_type: torch.Tensor | None, position: torch.Tensor, weight: torch.Tensor, eps: float,
+    token: torch.Tensor, n_rows: torch.Tensor | None, seed: torch.Tensor | None, site: int, p: float,
 ) -> Three:  # fmt: skip
     return word.new_empty(token.shape[0], word.shape[1]), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 embed_layer_norm_backward = register_kernel(
     "embed_layer_norm_backward(Tensor dy, bool dy_padded, Tensor? input_ids, Tensor? inputs_embeds,"
-    " Tensor token_type_ids, Tensor position_ids, Tensor word, Tensor token_type, Tensor position, Tensor weight,"
+    " Tensor? token_type_ids, Tensor position_ids, Tensor word, Tensor? token_type, Tensor position, Tensor weight,"
     " float eps, Tensor token, Tensor? n_rows, Tensor? seed, int site, float p) -> (Tensor, Tensor, Tensor)",
     cpu=embed_layer_norm_backward_cpu,
     cuda=embed_layer_norm_backward_triton,

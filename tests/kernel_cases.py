@@ -145,6 +145,10 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
                 *(None, leaf(B, S, K), *index, tables[0].detach(), *tables[1:], gamma, beta, 1e-5, -1),
                 *(skip[0], skip[1][-1:], True, True),
             ),
+            "no types": (
+                *(ids, None, None, index[1], tables[0], None, tables[2], gamma, beta, 1e-5, 0, full[0], None),
+                *(True, False, None, 0, 0.0, 1),
+            ),
             "dropout": (
                 *(ids, None, *index, *tables, gamma, beta, 1e-5, 0, skip[0], skip[1][-1:], True, True, seed, 3, 0.4),
             ),

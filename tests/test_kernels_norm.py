@@ -126,6 +126,13 @@ def test_embed_layer_norm(name: str, skip: bool, embeds: bool, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("name", BODIES)
+def test_embedding_without_token_types(name: str) -> None:
+    args = embedding_args(torch.float32, True)
+    args[2] = args[5] = None
+    assert_embedding(name, args)
+
+
+@pytest.mark.parametrize("name", BODIES)
 def test_embedding_of_strided_and_small_integers(name: str) -> None:
     """int32, transposed, every other column, one row for all; embeds turned in their last two dimensions."""
     ids = torch.arange(28).view(7, 4).int().t() % V

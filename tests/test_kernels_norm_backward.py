@@ -211,6 +211,28 @@ def test_embeddings(name: str, dtype: torch.dtype, p: float, embeds: bool, skip:
     assert (dh[token[int(n) :].long()] == 0).all()
 
 
+@pytest.mark.parametrize("name", BODIES)
+def test_embeddings_without_token_types(name: str) -> None:
+    args = embedding_args(torch.float32, True, False, 0.3)
+    args[2] = args[5] = None
+    dy, token, n = randn(12, 40, seed=7), args[11], args[12]
+    dh, *params = body("embed_layer_norm_backward", name)(dy, True, *args[:8], args[9], token, n, *args[15:])
+    given = [None, args[4][args[0].long()], *args[2:]]
+    wanted = by_reference("embed_layer_norm", tuple(given), (1, 7, 8), None, dy)
+    for what, got, (low, truth) in zip(("dh", "d_weight", "d_bias"), (dh.view(3, 4, 40), *params), wanted, strict=True):
+        assert_error_rule(got, low, truth, what)
+
+
+def test_a_position_row_without_gradient() -> None:
+    """RoBERTa's table of positions has a padding row too."""
+    args = embedding_args(torch.float32, False, False, 0.0)
+    position = args[6].requires_grad_()
+    rows = body("embed_layer_norm", "")(*args, 3)[0]
+    (d,) = torch.autograd.grad(rows, position, randn(12, 40, seed=7))
+    (full,) = torch.autograd.grad(body("embed_layer_norm", "")(*args)[0], position, randn(12, 40, seed=7))
+    assert (d[3] == 0).all() and (full[3] != 0).any() and torch.equal(d[[0, 5]], full[[0, 5]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("embeds", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
@@ -334,7 +356,7 @@ WRONG = [
     (G, 4, "swish", r"act='swish': expected one of"),
     (E, 0, randn(11, 40), E + r": dy is \(11, 40\) on cpu, expected \(12, 40\)"),
     (E, 2, None, "expected exactly one of input_ids and inputs_embeds"),
-    (E, 4, torch.zeros(3, 5).int(), r"the indices and 12 tokens do not fit \(3, 5\)"),
+    (E, 4, torch.zeros(3, 5).int(), r"the indices and 12 tokens do not fit \(3, 4\)"),
     (E, 7, randn(40, 2).t(), r"token_type is \(2, 40\), expected dense \(rows, 40\)"),
     (E, 13, SEED.int(), r"seed is \(1,\) torch.int32 on cpu, expected one int64 number"),
 ]

@@ -114,6 +114,7 @@ WRONG = [
     (*wrong("gelu_layer_norm", "erf", 2, randn(N)), r"gelu_layer_norm: bias is \(12,\)"),
     (*wrong("embed_layer_norm", "ids", 1, randn(B, S, K)), r"exactly one of input_ids and inputs_embeds"),
     (*wrong("embed_layer_norm", "ids", 0, None), r"exactly one of input_ids and inputs_embeds"),
+    (*wrong("embed_layer_norm", "ids", 2, None), r"both of token_type_ids and token_type, or neither"),
     (*wrong("embed_layer_norm", "ids", 2, torch.zeros(B, 4).int()), r"token_type_ids has shape \(2, 4\), .* \(2, 3\)"),
     (*wrong("embed_layer_norm", "ids", 5, randn(2, N)), r"token_type is \(2, 12\), expected dense \(rows, 8\)"),
     (*wrong("embed_layer_norm", "ids", 6, randn(K, S).t()), r"position is \(3, 8\), expected dense"),
