@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bert_fast.family import ModelView
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -42,22 +44,22 @@ def check_one_of(input_ids: Any, inputs_embeds: Any) -> None:
 
 
 def check_inputs(
-    model: torch.nn.Module,
+    view: ModelView,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
 ) -> tuple[int, int]:
-    """Check the arguments of BertModel.forward against the model and each other; returns (B, S).
+    """Check the arguments of a model's forward against the model and each other; returns (B, S).
 
     Raises:
         ValueError: ids not (B, S) or embeds not (B, S, hidden).
         RuntimeError: dtype, device or shape of an argument, mask shape, S past the position table, B or S of 0.
         IndexError: an id or token type outside its table (on CUDA only with BERT_FAST_CHECK=1).
     """
-    embeddings = model.embeddings
-    word = embeddings.word_embeddings.weight
+    embeddings = view.embeddings
+    word = embeddings.word.weight
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, S)")
@@ -82,15 +84,19 @@ def check_inputs(
             f"inputs_embeds is {tuple(inputs_embeds.shape)} {inputs_embeds.dtype} on {inputs_embeds.device}, expected "
             f"(B, S, {word.shape[1]}) {word.dtype} on {word.device}"
         )
-    if position_ids is None:
-        longest = embeddings.position_ids.shape[1]
+    table = embeddings.position.weight.shape[0]
+    if position_ids is None and embeddings.positions is not None:
+        if word.is_cpu:
+            counted = embeddings.positions(input_ids, inputs_embeds)
+            _check_index("position_ids counted from input_ids", counted, table, "position_embeddings", IndexError)
+    elif position_ids is None:
+        longest = embeddings.module.position_ids.shape[1]
         if S > longest:
             raise RuntimeError(
                 f"input length S is {S}, expected at most {longest} (max_position_embeddings) where no position_ids "
                 "are given"
             )
     else:
-        table = embeddings.position_embeddings.weight.shape[0]
         _check_ids("position_ids", position_ids, B, S, word.device)
         if token_type_ids is None and tuple(position_ids.shape) not in ((1, S), (B, S)):
             raise RuntimeError(
@@ -102,17 +108,17 @@ def check_inputs(
         _check_index("position_ids", position_ids, table, "position_embeddings", error)
     if token_type_ids is not None:
         _check_ids("token_type_ids", token_type_ids, B, S, word.device)
-        types = embeddings.token_type_embeddings.weight.shape[0]
+        types = embeddings.types.weight.shape[0]
         _check_index("token_type_ids", token_type_ids, types, "token_type_embeddings", IndexError)
     if attention_mask is not None:
-        _check_mask(attention_mask, B, S, model, word.device)
+        _check_mask(attention_mask, B, S, view.heads, word.device)
     return B, S
 
 
-def _check_mask(mask: torch.Tensor, B: int, S: int, model: torch.nn.Module, device: torch.device) -> None:
+def _check_mask(mask: torch.Tensor, B: int, S: int, heads: int, device: torch.device) -> None:
     if mask.shape == (B, S):
         return
-    shape, heads = tuple(mask.shape), model.config.num_attention_heads
+    shape = tuple(mask.shape)
     if mask.dim() == 2:
         if shape != (B, S):
             raise RuntimeError(f"attention_mask has shape {shape}, expected ({B}, {S}), the shape of the input")

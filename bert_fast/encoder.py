@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from bert_fast.family import EmbeddingsView, LayerView, ModelView
 from bert_fast.kernels.attention import attention
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm
 from bert_fast.kernels.first_rows import first_rows
@@ -44,7 +44,7 @@ def _padded(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 
 def _embed(
-    embeddings: nn.Module,
+    view: EmbeddingsView,
     packing: Packing,
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
@@ -54,47 +54,72 @@ def _embed(
     want_padded: bool,
     dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 0.0),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, padded). dropout: seed, site and probability."""
+    """(rows, padded), before `project`. dropout: seed, site and probability."""
     B, S = packing.B, packing.S
-    if token_type_ids is None and position_ids is None:
-        token_type_ids = embeddings.token_type_ids[:, :S]
+    module, word, position, types, norm = view[:5]
+    if position_ids is None and view.positions is not None:
+        position_ids = view.positions(input_ids, inputs_embeds)
+    if types is None:
+        token_type_ids = None
+    elif token_type_ids is None and position_ids is None:
+        token_type_ids = module.token_type_ids[:, :S]
     elif token_type_ids is None:  # as upstream: a gather by position from a buffer of zeros
-        buffer = embeddings.token_type_ids.expand(position_ids.shape[0], -1)
+        buffer = module.token_type_ids.expand(position_ids.shape[0], -1)
         token_type_ids = buffer.gather(1, position_ids.long().clamp(0, buffer.shape[1] - 1))
     if position_ids is None:
-        position_ids = embeddings.position_ids[:, :S]
-    word, norm = embeddings.word_embeddings, embeddings.LayerNorm
+        position_ids = module.position_ids[:, :S]
     return embed_layer_norm(
-        input_ids, inputs_embeds, token_type_ids.expand(B, S), position_ids.expand(B, S),
-        word.weight, embeddings.token_type_embeddings.weight, embeddings.position_embeddings.weight,
+        input_ids, inputs_embeds, None if token_type_ids is None else token_type_ids.expand(B, S),
+        position_ids.expand(B, S), word.weight, None if types is None else types.weight, position.weight,
         norm.weight, norm.bias, norm.eps, -1 if word.padding_idx is None else word.padding_idx,
         packing.token, packing.n_rows, want_rows, want_padded, *dropout,
+        -1 if position.padding_idx is None else position.padding_idx,
     )  # fmt: skip
 
 
+def _first_rows(
+    view: EmbeddingsView, packing: Packing, inputs: tuple[torch.Tensor | None, ...], want_hidden: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, padded) that enter the first layer; padded where hidden states are wanted and rows are not tokens."""
+    want_padded = want_hidden and not packing.identity
+    rows, padded = _embed(view, packing, *inputs, True, want_padded and view.project is None)
+    if view.project is not None:
+        rows = linear(rows, view.project.weight, view.project.bias, packing.n_rows)
+        padded = _to_padded(rows, packing) if want_padded else padded
+    return rows, padded
+
+
+def _to_padded(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(T, hidden) rows in the order of the tokens, zeros where a token is no row."""
+    if packing.n_rows is not None:  # what is no row is undefined
+        is_row = torch.arange(rows.shape[0], device=rows.device) < packing.n_rows
+        rows = torch.where(is_row[:, None], rows, 0.0)
+    return torch.empty_like(rows).index_copy(0, packing.token.long(), rows)
+
+
 def _attend(
-    own: nn.Module, qkv: torch.Tensor, p: Packing, want_attentions: bool, uniform_empty: bool
+    layer: LayerView, qkv: torch.Tensor, p: Packing, want_attentions: bool, uniform_empty: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(context, probabilities) of one layer's self-attention."""
     return attention(
-        qkv, p.bias, p.token, p.cu_seqlens, p.kv_len, p.prefix, own.num_attention_heads, own.scaling,
+        qkv, p.bias, p.token, p.cu_seqlens, p.kv_len, p.prefix, layer.heads, layer.scale,
         want_attentions, uniform_empty,
     )[:2]  # fmt: skip
 
 
 def _encoded(
-    model: nn.Module, last: torch.Tensor, hidden: list[torch.Tensor], attentions: list[torch.Tensor], want_hidden: bool
+    view: ModelView, last: torch.Tensor, hidden: list[torch.Tensor], attentions: list[torch.Tensor], want_hidden: bool
 ) -> Encoded:
     """The outputs put together; `hidden` lacks the last layer's."""
     if want_hidden:
         hidden.append(last)
-    pooler = model.pooler
-    pooled = None if pooler is None else pool(last, pooler.dense.weight, pooler.dense.bias)
+    pooler = view.pooler
+    pooled = None if pooler is None else pool(last, pooler.weight, pooler.bias)
     return Encoded(last, pooled, hidden, attentions)
 
 
 def _after_attention(
-    layer: nn.Module,
+    layer: LayerView,
     context: torch.Tensor,
     rows: torch.Tensor,
     token: torch.Tensor | None,
@@ -102,36 +127,33 @@ def _after_attention(
     want_rows: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output projection and feed-forward of one layer: (rows, padded), the latter where there is a token map."""
-    out, inter, ffn = layer.attention.output, layer.intermediate, layer.output
-    norm = out.LayerNorm
+    dense, norm, up, down = layer.attention_dense, layer.attention_norm, layer.up, layer.down
     attended, _ = linear_layer_norm(
-        context, out.dense.weight, out.dense.bias, rows, norm.weight, norm.bias, norm.eps, None, n_rows, True, False
+        context, dense.weight, dense.bias, rows, norm.weight, norm.bias, norm.eps, None, n_rows, True, False
     )
-    act = activation_name(inter.intermediate_act_fn)
-    wide = linear_gelu(attended, inter.dense.weight, inter.dense.bias, n_rows, act)
-    norm = ffn.LayerNorm
+    wide = linear_gelu(attended, up.weight, up.bias, n_rows, activation_name(layer.act))
+    norm = layer.norm
     return linear_layer_norm(
-        wide, ffn.dense.weight, ffn.dense.bias, attended, norm.weight, norm.bias, norm.eps, token, n_rows, want_rows,
+        wide, down.weight, down.bias, attended, norm.weight, norm.bias, norm.eps, token, n_rows, want_rows,
         token is not None,
     )  # fmt: skip
 
 
-def _first_tokens(layer: nn.Module, rows: torch.Tensor, p: Packing, uniform_empty: bool) -> torch.Tensor:
+def _first_tokens(layer: LayerView, rows: torch.Tensor, p: Packing, uniform_empty: bool) -> torch.Tensor:
     """(B, hidden): the output of a last layer whose only readers are those of the first tokens."""
-    own = layer.attention.self
     first = first_rows(rows, p.token, p.cu_seqlens, p.kv_len)
-    query = linear(first, own.query.weight, own.query.bias, None)
+    query = linear(first, layer.query.weight, layer.query.bias, None)
     kv = qkv_linear(
-        rows, None, own.key.weight, own.value.weight, None, own.key.bias, own.value.bias, p.n_rows
+        rows, None, layer.key.weight, layer.value.weight, None, layer.key.bias, layer.value.bias, p.n_rows
     )  # fmt: skip
     context = first_token_attention(
-        query, kv, p.cu_seqlens, p.kv_len, own.num_attention_heads, own.scaling, uniform_empty
+        query, kv, p.cu_seqlens, p.kv_len, layer.heads, layer.scale, uniform_empty
     )
     return _after_attention(layer, context, first, None, None, True)[0]
 
 
 def encode(
-    model: nn.Module,
+    view: ModelView,
     packing: Packing,
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
@@ -141,29 +163,26 @@ def encode(
     want_attentions: bool,
     first_tokens_only: bool = False,
 ) -> Encoded:
-    """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs, without dropout.
+    """Run a model whose modules are plain (tiers.model_reason is None) on checked inputs, without dropout.
 
     first_tokens_only: the caller reads the pooler alone; not with hidden states, attentions or a 4-D mask.
     """
-    p, layers = packing, model.encoder.layer
-    uniform_empty = model.config._attn_implementation == "eager"
-    rows, padded = _embed(
-        model.embeddings, p, input_ids, token_type_ids, position_ids, inputs_embeds, True,
-        want_hidden and not p.identity,
-    )  # fmt: skip
+    p, layers, uniform_empty = packing, view.layers, view.uniform_empty
+    inputs = input_ids, token_type_ids, position_ids, inputs_embeds
+    rows, padded = _first_rows(view.embeddings, p, inputs, want_hidden)
     hidden: list[torch.Tensor] = []
     attentions: list[torch.Tensor] = []
     if want_hidden:
         hidden.append(_padded(rows if p.identity else padded, p))
     for i, layer in enumerate(layers):
-        own, is_last = layer.attention.self, i + 1 == len(layers)
+        is_last = i + 1 == len(layers)
         if is_last and first_tokens_only:
             break
         qkv = qkv_linear(
-            rows, own.query.weight, own.key.weight, own.value.weight, own.query.bias, own.key.bias, own.value.bias,
-            p.n_rows,
+            rows, layer.query.weight, layer.key.weight, layer.value.weight, layer.query.bias, layer.key.bias,
+            layer.value.bias, p.n_rows,
         )  # fmt: skip
-        context, probs = _attend(own, qkv, p, want_attentions, uniform_empty)
+        context, probs = _attend(layer, qkv, p, want_attentions, uniform_empty)
         if want_attentions:
             attentions.append(probs)
         token = p.token if not p.identity and (is_last or want_hidden) else None
@@ -174,4 +193,4 @@ def encode(
         last = _first_tokens(layers[-1], rows, p, uniform_empty)[:, None]
     else:
         last = _padded(rows if p.identity else padded, p)
-    return _encoded(model, last, hidden, attentions, want_hidden)
+    return _encoded(view, last, hidden, attentions, want_hidden)

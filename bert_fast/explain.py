@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.models.bert import modeling_bert as hf
 
 from bert_fast import graphs, modeling, modules
-from bert_fast.packing import resolve_padding
+from bert_fast.upstream import SelfAttention
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """tier: "encoder" (the whole BertModel fused), "module" (transformers' forward drives, some of its modules are
+    """tier: "encoder" (the whole base model fused), "module" (transformers' forward drives, some of its modules are
     fused) or "upstream" (transformers' code alone); reason: why not the encoder tier, or None;
 
     padding: "exact" or "skip"; rows: (module, "fused" or "transformers", why) for the model and its parts; graph: in
@@ -38,57 +37,47 @@ def _row(name: str, reason: str | None) -> tuple[str, str, str]:
     return (name, "fused", "") if reason is None else (name, "transformers", reason)
 
 
+# what a head keeps to itself
+_OF_HEADS = {"labels", "next_sentence_label", "start_positions", "end_positions", "logits_to_keep"}
+
+
 def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
     """What `model(**inputs)` would run, without running it.
 
-    Raises TypeError when there is no bert_fast BertModel in `model`.
+    Raises TypeError when there is no model of ours in `model`.
     """
-    name, bert = next(
-        ((n, m) for n, m in model.named_modules() if isinstance(m, modeling.BertModel)), (None, None)
-    )
-    if bert is None:
+    name, base = next(((n, m) for n, m in model.named_modules() if isinstance(m, modeling.EncoderModel)), (None, None))
+    if base is None:
         raise TypeError(f"model is a {type(model).__name__}, expected a model with a bert_fast BertModel in it")
-    tensors = {
-        key: inputs.get(key)
-        for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-    }
-    others = {key: inputs.get(key) for key in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")}
-    known = {*tensors, *others, "use_cache"}
-    if bert is not model:  # what the head keeps to itself
-        known |= {"labels", "next_sentence_label", "start_positions", "end_positions", "logits_to_keep"}
-    kwargs = {key: value for key, value in inputs.items() if key not in known}
-    reason, plain = modeling.encoder_check(bert, tensors, others, kwargs)
-    flags = [bool(flag) for flag in modeling.output_flags(bert, kwargs)]
-    if isinstance(model, modeling.BertForMultipleChoice):  # (B, choices, S) is (B * choices, S) to its BertModel
+    of_base = inputs if base is model else {k: v for k, v in inputs.items() if k not in _OF_HEADS}
+    tensors, others, kwargs = modeling.split_arguments(base._family, (), of_base)
+    reason, plain = modeling.encoder_check(base, tensors, others, kwargs)
+    flags = [bool(flag) for flag in modeling.output_flags(base, kwargs)]
+    if type(model).__name__.endswith("ForMultipleChoice"):  # (B, choices, S) is (B * choices, S) to its base model
         kept = {"inputs_embeds": 2}  # trailing dimensions
         tensors = {k: x if x is None else x.reshape(-1, *x.shape[-kept.get(k, 1) :]) for k, x in tensors.items()}
-    first_token_only, mask = isinstance(model, modeling._FirstTokenHead), tensors["attention_mask"]
+    first_token_only = isinstance(model, modeling.FirstTokenHead)
     padding, graph = "exact", ""
     if plain is not None:
-        if mask is not None and mask.dim() == 2:
-            padding = resolve_padding(bert.padding, first_token_only, any(flags))
         given = tensors["inputs_embeds"] if tensors["input_ids"] is None else tensors["input_ids"]
-        if given is not None and given.dim() >= 2:
-            call = modeling.make_call(bert, *given.shape[:2], tensors, *flags, first_token_only)
-            graph = graphs.plan(bert, plain, call)
-    rows = [_row(name or type(bert).__name__, reason)]
+        B, S = (1, 1) if given is None or given.dim() < 2 else given.shape[:2]
+        call = modeling.make_call(base, plain, B, S, tensors, *flags, first_token_only)
+        padding = "skip" if call.skip and call.attention_mask is not None else "exact"
+        graph = "" if given is None else graphs.plan(plain, call)
+    rows = [_row(name or type(base).__name__, reason)]
     inside = f"{name}." if name else ""
     parts = []
     for path, module in model.named_modules():
-        why = next((fn(module) for cls, fn in modules.REASONS.items() if _is_swapped(module, cls)), "")
-        if why != "":  # "": not a class that has a fused form
-            in_encoder = path.startswith(inside) and reason is None
-            parts.append(_row(path, None if in_encoder else why))
-            if parts[-1][1] == "fused" and not in_encoder and isinstance(module, hf.BertSelfAttention):
-                called = modules.projections_reason(module)
-                parts[-1] = (path, "fused", f"without its projections: {called}" if called else "")
+        why_not = getattr(type(module), "fused_reason", None)
+        if why_not is None:
+            continue
+        in_encoder = path.startswith(inside) and reason is None
+        parts.append(_row(path, None if in_encoder else why_not(module)))
+        if parts[-1][1] == "fused" and not in_encoder and isinstance(module, SelfAttention):
+            called = modules.projections_reason(module)
+            parts[-1] = (path, "fused", f"without its projections: {called}" if called else "")
     tier = "encoder" if reason is None else "module" if any(how == "fused" for _, how, _ in parts) else "upstream"
     return Explanation(tier, reason, padding, (*rows, *parts), graph)
-
-
-def _is_swapped(module: torch.nn.Module, cls: type) -> bool:
-    """Whether `module` is of our class for `cls`, or a class made of it at run time, as FSDP does."""
-    return isinstance(module, modeling.SWAPS[cls])
 
 
 def explain(model: torch.nn.Module, **inputs: Any) -> Explanation:

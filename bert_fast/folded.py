@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from bert_fast.encoder import Encoded, _attend, _embed, _encoded, _first_tokens, _padded
+from bert_fast.encoder import Encoded, _attend, _encoded, _first_rows, _first_tokens, _padded
+from bert_fast.family import LayerView, ModelView
 from bert_fast.kernels.fold_vectors import fold_vectors
 from bert_fast.kernels.folded_linear import folded_linear
 from bert_fast.kernels.linear_to_stream import linear_to_stream, stream_reason
@@ -42,13 +43,12 @@ def folding(from_rows: int | None) -> Iterator[None]:
         _forced.reset(before)
 
 
-def _dense_of(layer: nn.Module) -> tuple[nn.Module, ...]:
-    own = layer.attention.self
-    return own.query, own.key, own.value, layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
+def _dense_of(layer: LayerView) -> tuple[nn.Linear, ...]:
+    return layer.query, layer.key, layer.value, layer.attention_dense, layer.up, layer.down
 
 
-def folded_reason(model: nn.Module, packing: Packing, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why `encode` and not `encode_folded` runs a call of a BertModel whose modules are plain; None: the latter."""
+def folded_reason(view: ModelView, packing: Packing, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `encode` and not `encode_folded` runs a call of a model whose modules are plain; None: the latter."""
     forced = _forced.get()
     (least,) = forced or (FOLDED_FROM_ROWS if device.type == "cuda" else None,)
     rows = packing.B * packing.S
@@ -61,7 +61,7 @@ def folded_reason(model: nn.Module, packing: Packing, dtype: torch.dtype, device
     reason = stream_reason(dtype, device)
     if reason is not None:
         return reason
-    for weight in (dense.weight for layer in model.encoder.layer for dense in _dense_of(layer)):
+    for weight in (dense.weight for layer in view.layers for dense in _dense_of(layer)):
         if any(n * weight.element_size() % 16 for n in weight.shape) or weight.data_ptr() % 16:
             return f"a weight {tuple(weight.shape)} at {weight.data_ptr():#x} is not made of 16-byte units"
     return None
@@ -75,9 +75,10 @@ class Stream(NamedTuple):
     norm: nn.Module
 
 
-def _to_stream(x: torch.Tensor, output: nn.Module, residual: Stream | torch.Tensor, p: Packing) -> Stream:
-    """BertSelfOutput or BertOutput, whose LayerNorm is left to whoever reads the stream."""
-    dense, norm = output.dense, output.LayerNorm
+def _to_stream(
+    x: torch.Tensor, dense: nn.Linear, norm: nn.LayerNorm, residual: Stream | torch.Tensor, p: Packing
+) -> Stream:
+    """Projection and residual; the LayerNorm is left to whoever reads the stream."""
     if isinstance(residual, Stream):
         g, sums, old = residual
         given, eps = (g, sums, old.weight, old.bias), old.eps
@@ -112,7 +113,7 @@ def _leaving(stream: Stream, p: Packing) -> torch.Tensor:
 
 
 def encode_folded(
-    model: nn.Module,
+    view: ModelView,
     packing: Packing,
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
@@ -123,34 +124,30 @@ def encode_folded(
     first_tokens_only: bool = False,
 ) -> Encoded:
     """`encode` with LayerNorm folded: the same arguments and outputs, where folded_reason is None."""
-    p, layers = packing, model.encoder.layer
-    uniform_empty = model.config._attn_implementation == "eager"
-    rows, padded = _embed(
-        model.embeddings, p, input_ids, token_type_ids, position_ids, inputs_embeds, True,
-        want_hidden and not p.identity,
-    )  # fmt: skip
+    p, layers, uniform_empty = packing, view.layers, view.uniform_empty
+    inputs = input_ids, token_type_ids, position_ids, inputs_embeds
+    rows, padded = _first_rows(view.embeddings, p, inputs, want_hidden)
     hidden = [_padded(rows if p.identity else padded, p)] if want_hidden else []
     attentions: list[torch.Tensor] = []
     state: Stream | torch.Tensor = rows  # the embeddings' LayerNorm has run: it follows no product
     for layer in layers[:-1] if first_tokens_only else layers:
-        own, inter = layer.attention.self, layer.intermediate
         if isinstance(state, Stream):
             if want_hidden:
                 hidden.append(_leaving(state, p))
-            qkv = _from_stream(state, (own.query, own.key, own.value), "none", p)
+            qkv = _from_stream(state, (layer.query, layer.key, layer.value), "none", p)
         else:
             qkv = qkv_linear(
-                state, own.query.weight, own.key.weight, own.value.weight, own.query.bias, own.key.bias,
-                own.value.bias, p.n_rows,
+                state, layer.query.weight, layer.key.weight, layer.value.weight, layer.query.bias, layer.key.bias,
+                layer.value.bias, p.n_rows,
             )  # fmt: skip
-        context, probs = _attend(own, qkv, p, want_attentions, uniform_empty)
+        context, probs = _attend(layer, qkv, p, want_attentions, uniform_empty)
         if want_attentions:
             attentions.append(probs)
-        attended = _to_stream(context, layer.attention.output, state, p)
-        wide = _from_stream(attended, (inter.dense,), activation_name(inter.intermediate_act_fn), p)
-        state = _to_stream(wide, layer.output, attended, p)
+        attended = _to_stream(context, layer.attention_dense, layer.attention_norm, state, p)
+        wide = _from_stream(attended, (layer.up,), activation_name(layer.act), p)
+        state = _to_stream(wide, layer.down, layer.norm, attended, p)
     if first_tokens_only:
         last = _first_tokens(layers[-1], _rows(state, p), p, uniform_empty)[:, None]
     else:
         last = _leaving(state, p)
-    return _encoded(model, last, hidden, attentions, want_hidden)
+    return _encoded(view, last, hidden, attentions, want_hidden)

@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import compress
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 import torch
 from torch.utils._device import DeviceContext
 
 from bert_fast.cuda_graphs import CudaBackend
 from bert_fast.encoder import Encoded, encode
+from bert_fast.family import ModelView
 from bert_fast.kernels.runtime import next_power_of_2
 from bert_fast.packing import make_packing
 from bert_fast.snapshot import Snapshot, snapshots
@@ -108,12 +109,12 @@ def _key(snapshot: Snapshot, call: Call) -> Key:
     )  # fmt: skip
 
 
-def _output_bytes(model: torch.nn.Module, key: Key, itemsize: int) -> int:
-    config, layers = model.config, len(model.encoder.layer)
+def _output_bytes(view: ModelView, key: Key, itemsize: int) -> int:
+    layers = len(view.layers)
     positions = 1 if key.first_tokens_only else key.S
-    hidden = key.B * positions * config.hidden_size * (layers + 1 if key.hidden else 1)
-    pooled = 0 if model.pooler is None else key.B * config.hidden_size
-    attentions = layers * key.B * config.num_attention_heads * key.S**2 if key.attentions else 0
+    hidden = key.B * positions * view.hidden * (layers + 1 if key.hidden else 1)
+    pooled = 0 if view.pooler is None else key.B * view.hidden
+    attentions = layers * key.B * view.heads * key.S**2 if key.attentions else 0
     return itemsize * (hidden + pooled + attentions)
 
 
@@ -129,6 +130,8 @@ def _surroundings(call: Call, snapshot: Snapshot) -> str | None:
         return "autocast is on"
     if call.input_ids is None:
         return "inputs_embeds were given"
+    if snapshot.view.relative_bias is not None:
+        return "the scores have a relative bias"
     if call.attention_mask is not None and call.attention_mask.dim() == 4:
         return "attention_mask is 4-D"
     if os.environ.get("BERT_FAST_GRAPHS") == "0":
@@ -141,10 +144,10 @@ def _surroundings(call: Call, snapshot: Snapshot) -> str | None:
     return None
 
 
-def _too_large(model: torch.nn.Module, key: Key, itemsize: int) -> str | None:
+def _too_large(snapshot: Snapshot, key: Key) -> str | None:
     if key.B * key.S > MAX_ROWS:
         return f"{key.B} x {key.S} rows, over {MAX_ROWS}, are not launch-bound"
-    if _output_bytes(model, key, itemsize) > MAX_OUTPUT_BYTES:
+    if _output_bytes(snapshot.view, key, snapshot.dtype.itemsize) > MAX_OUTPUT_BYTES:
         return f"outputs of {key.B} x {key.S} take over {MAX_OUTPUT_BYTES >> 20} MiB"
     return None
 
@@ -282,17 +285,17 @@ def _device(device: torch.device) -> _Device:
     return found
 
 
-def _capture(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) -> _Entry | None:
+def _capture(snapshot: Snapshot, key: Key, call: Call) -> _Entry | None:
     """A graph for `key`, or None where it could not be captured: that is said, and the call launches directly."""
     graphs, device = snapshot.graphs, snapshot.graphs.device
-    nbytes = _output_bytes(model, key, snapshot.dtype.itemsize)
+    nbytes = _output_bytes(snapshot.view, key, snapshot.dtype.itemsize)
     nbytes += sum(key.B * key.S * dtype.itemsize for dtype in compress(INPUT_DTYPES, key.given))
     device.make_room(nbytes)
     while len(graphs.entries) >= MAX_GRAPHS:
         graphs.drop_oldest()
     device.sweep()
     try:
-        entry = _captured(model, snapshot, key, call)
+        entry = _captured(snapshot, key, call)
     except Exception as error:
         graphs.failed(key)
         what = "which launches directly" if graphs.refused(key) else "which launches directly for now"
@@ -304,9 +307,8 @@ def _capture(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) -
     return entry
 
 
-def _captured(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) -> _Entry:
-    graphs, where, skip, model_ref = snapshot.graphs, snapshot.device, key.skip, ref(model)
-    uniform_empty = model.config._attn_implementation == "eager"
+def _captured(snapshot: Snapshot, key: Key, call: Call) -> _Entry:
+    graphs, where, skip, view = snapshot.graphs, snapshot.device, key.skip, snapshot.view
     # ordinary tensors, so that no_grad and inference_mode may both write them
     with torch.inference_mode(False), torch.no_grad():
         buffers = tuple(
@@ -317,9 +319,9 @@ def _captured(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) 
         shape = torch.zeros(2, dtype=torch.int32, device=where)
 
         def run() -> Encoded:
-            packing = make_packing(mask, key.B, key.S, where, skip, uniform_empty, shape)
+            packing = make_packing(mask, key.B, key.S, where, skip, view.uniform_empty, shape)
             return encode(
-                model_ref(), packing, ids, types, positions, None, key.hidden, key.attentions, key.first_tokens_only
+                view, packing, ids, types, positions, None, key.hidden, key.attentions, key.first_tokens_only
             )
 
         entry = _Entry(buffers, shape)
@@ -329,7 +331,7 @@ def _captured(model: torch.nn.Module, snapshot: Snapshot, key: Key, call: Call) 
     return entry
 
 
-def replayed(model: torch.nn.Module, snapshot: Snapshot, call: Call) -> Encoded | None:
+def replayed(snapshot: Snapshot, call: Call) -> Encoded | None:
     """The call's result from a graph, captured now if it is time for it; None: launch it directly."""
     if _surroundings(call, snapshot) is not None:
         return None
@@ -348,21 +350,21 @@ def replayed(model: torch.nn.Module, snapshot: Snapshot, call: Call) -> Encoded 
                 graphs = snapshot.graphs = ModelGraphs(device)
             entry = graphs.entries.get(key)
             if entry is None:
-                if graphs.refused(key) or _too_large(model, key, snapshot.dtype.itemsize) or not graphs.is_due(key):
+                if graphs.refused(key) or _too_large(snapshot, key) or not graphs.is_due(key):
                     return None
-                entry = _capture(model, snapshot, key, call)
+                entry = _capture(snapshot, key, call)
                 if entry is None:
                     return None
             graphs.entries.move_to_end(key)
             return device.replay(entry, call)
 
 
-def plan(model: torch.nn.Module, snapshot: Snapshot, call: Call) -> str:
+def plan(snapshot: Snapshot, call: Call) -> str:
     """What `replayed` would do with this call, in words."""
     reason = _surroundings(call, snapshot)
     if reason is None:
         key = _key(snapshot, call)
-        reason = _too_large(model, key, snapshot.dtype.itemsize)
+        reason = _too_large(snapshot, key)
     if reason is None:
         device = _device(snapshot.device)
         with device.backend.guard():

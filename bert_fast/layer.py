@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from bert_fast.family import LayerView
 from bert_fast.kernels.attention import attention
 from bert_fast.kernels.attention_backward import attention_backward
 from bert_fast.kernels.grad_input import grad_input, grad_input_act
@@ -67,9 +68,8 @@ class LayerPlan(NamedTuple):
     dtype: torch.dtype
 
 
-def projections(own: nn.Module) -> tuple[Tensor, ...]:
-    """Weights, then biases, of a BertSelfAttention's query, key and value."""
-    parts = own.query, own.key, own.value
+def projections(*parts: nn.Linear) -> tuple[Tensor, ...]:
+    """Weights, then biases, of query, key and value."""
     return (*(part.weight for part in parts), *(part.bias for part in parts))
 
 
@@ -213,23 +213,23 @@ class AfterAttention(torch.autograd.Function):
 
 
 def after_attention(
-    layer: nn.Module, plan: LayerPlan, cast: Callable[[Tensor], Tensor], context: Tensor, residual: Tensor
+    layer: LayerView, plan: LayerPlan, cast: Callable[[Tensor], Tensor], context: Tensor, residual: Tensor
 ) -> Tensor:
-    """AfterAttention with the parameters of one BertLayer; `cast` brings those of products to their dtype."""
-    out, inter, ffn = layer.attention.output, layer.intermediate, layer.output
+    """AfterAttention with the parameters of one layer; `cast` brings those of products to their dtype."""
+    dense, norm1, up, down, norm2 = layer.attention_dense, layer.attention_norm, layer.up, layer.down, layer.norm
     return AfterAttention.apply(
         plan, context, residual,
-        cast(out.dense.weight), cast(out.dense.bias), out.LayerNorm.weight, out.LayerNorm.bias,
-        cast(inter.dense.weight), cast(inter.dense.bias),
-        cast(ffn.dense.weight), cast(ffn.dense.bias), ffn.LayerNorm.weight, ffn.LayerNorm.bias,
+        cast(dense.weight), cast(dense.bias), norm1.weight, norm1.bias, cast(up.weight), cast(up.bias),
+        cast(down.weight), cast(down.bias), norm2.weight, norm2.bias,
     )  # fmt: skip
 
 
 def layer_plan(
-    layer: nn.Module, packing: Packing, to_tokens: bool, dropouts: tuple[Dropout, Dropout], dtype: torch.dtype
+    layer: LayerView, packing: Packing, to_tokens: bool, dropouts: tuple[Dropout, Dropout], dtype: torch.dtype
 ) -> LayerPlan:
     token = None if packing.identity else packing.token
-    eps = layer.attention.output.LayerNorm.eps, layer.output.LayerNorm.eps
-    act = activation_name(layer.intermediate.intermediate_act_fn)
+    act = activation_name(layer.act)
     assert act is not None
-    return LayerPlan(token, packing.n_rows, to_tokens, act, eps, dropouts, dtype)
+    return LayerPlan(
+        token, packing.n_rows, to_tokens, act, (layer.attention_norm.eps, layer.norm.eps), dropouts, dtype
+    )  # fmt: skip

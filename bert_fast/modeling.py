@@ -1,7 +1,8 @@
-"""BertModel and its eight heads: subclasses of transformers' classes of the same names, run by the encoder tier.
+"""Our classes: each is one of transformers' with a forward of ours before it, and nothing else.
 
-A model is built by transformers' own constructor, then the classes of its modules are swapped for subclasses that add
-a forward and nothing else: parameters, state_dict keys, random numbers drawn, hooks and isinstance stay as they were.
+A model is built by transformers' own constructor, then the classes of its modules are swapped in place: parameters,
+state_dict keys, random numbers drawn, hooks and isinstance stay as they were. `derive` makes the classes of one family
+(families/); what is in here is the same for all of them.
 """
 
 from __future__ import annotations
@@ -11,37 +12,37 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.models.bert import modeling_bert as hf
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from bert_fast import graphs, snapshot
 from bert_fast.checks import check_inputs, check_one_of
 from bert_fast.direct import run_directly
-from bert_fast.modules import (
-    BertEmbeddings,
-    BertIntermediate,
-    BertOutput,
-    BertPooler,
-    BertPredictionHeadTransform,
-    BertSelfOutput,
-)
+from bert_fast.family import Family, argument_names, family_of
 from bert_fast.outputs import SELECTS_HIDDEN_STATES, make_outputs
 from bert_fast.packing import check_padding, resolve_padding
 from bert_fast.tiers import (
     autocast_reason,
     call_reason,
     model_reason,
+    register_family,
     surroundings_reason,
     warn_once,
     word_table,
 )
-from bert_fast.upstream import BertCrossAttention, BertSelfAttention
 
-FIRST_TOKEN_ONLY = "_bert_fast_first_token_only"  # a head tells its BertModel that it reads the pooler alone
+SWAPS: dict[type, type] = {}  # transformers' class -> ours
+UPSTREAM: dict[type, type] = {}  # and back
+
+FIRST_TOKEN_ONLY = "_bert_fast_first_token_only"  # a head tells its model that it reads the first token alone
+FLAGS = ("output_hidden_states", "output_attentions")
+TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+OTHERS = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
 
 
-class _Fast:
-    """What every class here adds: `padding`, and the class swap after transformers' constructor."""
+class FastModel:
+    """What every model and head adds: `padding`, and the class swap after transformers' constructor."""
 
     _padding = "auto"
 
@@ -78,76 +79,46 @@ class _Fast:
         return loaded
 
 
-class BertModel(_Fast, hf.BertModel):
-    """transformers' BertModel on fused kernels: same arguments, same outputs, real attentions on request.
+class EncoderModel(FastModel):
+    """A base model on fused kernels: same arguments, same outputs, real attentions on request.
 
-    Follows transformers/models/bert/modeling_bert.py. Where a call cannot take the fused path, transformers' own
-    forward runs, with the same result; `bert_fast.explain(model, **inputs)` says which and why.
+    Where a call cannot take the fused path, transformers' own forward runs, with the same result;
+    `bert_fast.explain(model, **inputs)` says which and why. Errors of arguments: checks.py.
     """
 
-    @functools.wraps(hf.BertModel.forward, assigned=(), updated=())  # inspect.signature shows upstream's own
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """input_ids (B, S) int or inputs_embeds (B, S, hidden); attention_mask (B, S) or 4-D; errors: `checks.py`.
 
-        Returns transformers' BaseModelOutputWithPoolingAndCrossAttentions: last_hidden_state (B, S, hidden),
-        pooler_output (B, hidden), on request hidden_states (L + 1 of (B, S, hidden)) and attentions
-        (L of (B, heads, S, S), after softmax).
-        """
-        first_token_only = kwargs.pop(FIRST_TOKEN_ONLY, False)
-        tensors = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        others = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask,
-            "past_key_values": past_key_values,
-        }
-        if torch.compiler.is_compiling():  # before anything that a compiler would have to trace
-            return super().forward(**tensors, **others, use_cache=use_cache, **kwargs)
-        reason, plain = encoder_check(self, tensors, others, kwargs)
-        if plain is None:
-            warn_once(reason)
-            return super().forward(**tensors, **others, use_cache=use_cache, **kwargs)
-        hidden_states, attentions = output_flags(self, kwargs)
-        return_dict = kwargs["return_dict"] if "return_dict" in kwargs else getattr(self.config, "return_dict", True)
-        check_one_of(input_ids, inputs_embeds)
-        B, S = check_inputs(self, **tensors)
-        call = make_call(self, B, S, tensors, bool(hidden_states), bool(attentions), first_token_only)
-        encoded = graphs.replayed(self, plain, call) or run_directly(self, call, plain)
-        return make_outputs(encoded, hidden_states, attentions, return_dict, self.config.num_hidden_layers)
+class FirstTokenHead(FastModel):
+    """A head that reads the first token only: tells its model, which may then skip padding (padding="auto")."""
 
 
-_FORWARD = BertModel.forward
+def fast_modules(model: nn.Module) -> Iterator[FastModel]:
+    """The models and heads in `model` that have a padding mode."""
+    return (module for module in model.modules() if isinstance(module, FastModel))
 
 
-def output_flags(model: hf.BertModel, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def split_arguments(
+    family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
+    """(tensors, others, the rest) of a call's arguments; None where they do not fit the signature."""
+    given = dict(zip(family.parameters, args, strict=False))
+    if len(args) > len(family.parameters) or given.keys() & kwargs.keys():
+        return None
+    given.update(kwargs)
+    given.pop("use_cache", None)
+    tensors = {name: given.pop(name, None) if name in family.parameters else None for name in TENSORS}
+    others = {name: given.pop(name, None) for name in OTHERS if name in family.parameters}
+    return tensors, others, {k: v for k, v in given.items() if v is not None or k not in family.parameters}
+
+
+def output_flags(model: nn.Module, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(output_hidden_states, output_attentions) of a call, from its arguments or the config, as upstream reads them."""
     return tuple(  # type: ignore[return-value]
         kwargs[name] if name in kwargs else getattr(model.config, name, False) for name in FLAGS
     )
 
 
-FLAGS = ("output_hidden_states", "output_attentions")
-
-
 def encoder_check(
-    model: BertModel, tensors: dict[str, Any], others: dict[str, Any], kwargs: dict[str, Any]
+    model: nn.Module, tensors: dict[str, Any], others: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[str | None, snapshot.Snapshot | None]:
     """(None, the model's snapshot) of a call for the encoder tier, (why it is not, None) of another one."""
     like = word_table(model)
@@ -162,7 +133,8 @@ def encoder_check(
 
 
 def make_call(
-    model: BertModel,
+    model: Any,
+    plain: snapshot.Snapshot,
     B: int,
     S: int,
     tensors: dict[str, Any],
@@ -170,92 +142,87 @@ def make_call(
     attentions: bool,
     first_token_only: bool,
 ) -> graphs.Call:
-    """What one checked call computes; tensors in forward's order. first_token_only: a head reads only the pooler."""
+    """What one checked call computes; tensors in order of TENSORS. first_token_only: a head reads nothing else."""
     mask, returns_positions = tensors["attention_mask"], hidden_states or attentions
-    skip = resolve_padding(model._padding, first_token_only, returns_positions) == "skip"
     # a 4-D mask may have a bias for every query: its last layer is computed like the others
-    first_tokens = first_token_only and not returns_positions and (mask is None or mask.dim() == 2)
+    every_query = mask is not None and mask.dim() == 4 or plain.view.relative_bias is not None
+    skip = not every_query and resolve_padding(model._padding, first_token_only, returns_positions) == "skip"
+    first_tokens = first_token_only and not returns_positions and not every_query
     return graphs.Call(B, S, *tensors.values(), skip, hidden_states, attentions, first_tokens)
 
 
-class _FirstTokenHead(_Fast):
-    """A head that reads only pooler_output: tells its BertModel, which may then skip padding (padding="auto")."""
-
-    def _call(self, upstream_forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bert = self.bert
-        unseen = type(bert) is BertModel and not bert._forward_hooks and not bert._forward_pre_hooks
-        if unseen and BertModel.forward is _FORWARD and "forward" not in bert.__dict__:
-            kwargs[FIRST_TOKEN_ONLY] = True
-        return upstream_forward(*args, **kwargs)
-
-
-class BertForPreTraining(_Fast, hf.BertForPreTraining):
-    __doc__ = hf.BertForPreTraining.__doc__
-
-
-class BertLMHeadModel(_Fast, hf.BertLMHeadModel):
-    __doc__ = hf.BertLMHeadModel.__doc__
-
-
-class BertForMaskedLM(_Fast, hf.BertForMaskedLM):
-    __doc__ = hf.BertForMaskedLM.__doc__
-
-
-class BertForNextSentencePrediction(_FirstTokenHead, hf.BertForNextSentencePrediction):
-    __doc__ = hf.BertForNextSentencePrediction.__doc__
-
-    @functools.wraps(hf.BertForNextSentencePrediction.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(super().forward, args, kwargs)
+def fused_forward(model: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of every base model. upstream: transformers' own, bound to the model."""
+    first_token_only = kwargs.pop(FIRST_TOKEN_ONLY, False)
+    if torch.compiler.is_compiling():  # before anything that a compiler would have to trace
+        return upstream(*args, **kwargs)
+    family = family_of(model)
+    split = split_arguments(family, args, kwargs)
+    if split is None:
+        return upstream(*args, **kwargs)
+    tensors, others, rest = split
+    reason, plain = encoder_check(model, tensors, others, rest)
+    if plain is None:
+        warn_once(reason)
+        return upstream(*args, **kwargs)
+    hidden_states, attentions = output_flags(model, rest)
+    return_dict = rest["return_dict"] if "return_dict" in rest else getattr(model.config, "return_dict", True)
+    check_one_of(tensors["input_ids"], tensors["inputs_embeds"])
+    B, S = check_inputs(plain.view, **tensors)
+    call = make_call(model, plain, B, S, tensors, bool(hidden_states), bool(attentions), first_token_only)
+    encoded = graphs.replayed(plain, call) or run_directly(call, plain)
+    return make_outputs(family, encoded, hidden_states, attentions, return_dict, model.config.num_hidden_layers)
 
 
-class BertForSequenceClassification(_FirstTokenHead, hf.BertForSequenceClassification):
-    __doc__ = hf.BertForSequenceClassification.__doc__
-
-    @functools.wraps(hf.BertForSequenceClassification.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(super().forward, args, kwargs)
-
-
-class BertForMultipleChoice(_FirstTokenHead, hf.BertForMultipleChoice):
-    __doc__ = hf.BertForMultipleChoice.__doc__
-
-    @functools.wraps(hf.BertForMultipleChoice.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(super().forward, args, kwargs)
+def _first_token_forward(head: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    base = head.base_model
+    unseen = type(base) in UPSTREAM and not base._forward_hooks and not base._forward_pre_hooks
+    if unseen and type(base).forward is type(base)._fused and "forward" not in base.__dict__:
+        kwargs[FIRST_TOKEN_ONLY] = True
+    return upstream(*args, **kwargs)
 
 
-class BertForTokenClassification(_Fast, hf.BertForTokenClassification):
-    __doc__ = hf.BertForTokenClassification.__doc__
+def _derived(mixin: type, upstream: type, family: Family, home: str) -> type:
+    """The class of ours for one of transformers', importable from the module `home`."""
+    namespace = {"__module__": home, "__doc__": upstream.__doc__, "_family": family, "_upstream": upstream}
+    namespace["_arguments"] = argument_names(upstream.forward)
+    runs = {EncoderModel: fused_forward, FirstTokenHead: _first_token_forward}.get(mixin)
+    if runs is not None:
+
+        @functools.wraps(upstream.forward, assigned=("__doc__",), updated=())  # inspect.signature shows upstream's own
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return runs(self, super(cls, self).forward, args, kwargs)
+
+        namespace |= {"forward": forward, "_fused": forward}
+        if mixin is EncoderModel:
+            namespace["__doc__"] = f"{mixin.__doc__}\n    Follows {upstream.__module__}."
+    cls = type(upstream.__name__, (mixin, upstream), namespace)
+    SWAPS[upstream], UPSTREAM[cls] = cls, upstream
+    return cls
 
 
-class BertForQuestionAnswering(_Fast, hf.BertForQuestionAnswering):
-    __doc__ = hf.BertForQuestionAnswering.__doc__
+def derive(family: Family, home: str) -> dict[str, type]:
+    """Our classes of a family by name, for the namespace of the module `home`, from which pickle imports them."""
+    register_family(family)
+    hf = family.hf
+    mixins = {family.model: EncoderModel, **family.fused}
+    mixins |= {getattr(hf, name): FirstTokenHead for name in family.first_token_heads}
+    mixins |= {getattr(hf, name): FastModel for name in family.other_heads}
+    return {upstream.__name__: _derived(mixin, upstream, family, home) for upstream, mixin in mixins.items()}
 
 
-SWAPS: dict[type, type] = {
-    getattr(hf, cls.__name__): cls
-    for cls in (
-        *(BertModel, BertEmbeddings, BertSelfAttention, BertCrossAttention, BertSelfOutput),
-        *(BertIntermediate, BertOutput, BertPooler, BertPredictionHeadTransform),
-        *(BertForPreTraining, BertLMHeadModel, BertForMaskedLM, BertForNextSentencePrediction),
-        *(BertForSequenceClassification, BertForMultipleChoice, BertForTokenClassification, BertForQuestionAnswering),
-    )
-}
-UPSTREAM: dict[type, type] = {ours: upstream for upstream, ours in SWAPS.items()}
+def _register_captures(module: nn.Module) -> None:
+    """transformers looks the outputs to capture up by class."""
+    if hasattr(module, "_can_record_outputs"):
+        key = module if SELECTS_HIDDEN_STATES else str(type(module))
+        output_capturing._CAN_RECORD_REGISTRY[key] = module._can_record_outputs
 
 
-def fast_modules(model: torch.nn.Module) -> Iterator[_Fast]:
-    """The models and heads in `model` that have a padding mode."""
-    return (module for module in model.modules() if isinstance(module, _Fast))
-
-
-def swap_classes(model: torch.nn.Module) -> None:
+def swap_classes(model: nn.Module) -> None:
     """Give every module of an exact transformers class in SWAPS our subclass of it, in place."""
     for module in model.modules():
         ours = SWAPS.get(type(module))
         if ours is not None:
             module.__class__ = ours
-            if issubclass(ours, hf.PreTrainedModel):  # transformers looks the outputs to capture up by class
-                key = module if SELECTS_HIDDEN_STATES else str(ours)
-                output_capturing._CAN_RECORD_REGISTRY[key] = module._can_record_outputs
+            if isinstance(module, PreTrainedModel):
+                _register_captures(module)

@@ -2,19 +2,20 @@
 
 It serves calls that the encoder tier leaves: a hook, an adapter, gradient checkpointing, sharded or frozen parts. Every
 row is computed (the mask is an additive bias), and a module's parts that are not plain are called as they are. Whether
-a module is fused is a function from the module to a reason; `explain` prints them.
+a module is fused is a function from the module to a reason, its `fused_reason`; `explain` prints them.
+
+The classes here are put before one of transformers' (modeling.py); `_upstream` is that one, `_family` its family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.bert import modeling_bert as hf
 
 from bert_fast.checks import INDEX_DTYPES
+from bert_fast.family import attention_scale
 from bert_fast.kernels.dropout import make_seed
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm
 from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm
@@ -57,9 +58,10 @@ def _weight(module: nn.Module) -> Tensor | None:
     return weight if ordinary else None
 
 
-def _place_reason(cls: type, weight: Tensor | None) -> str | None:
-    """Why no module of `cls` with parameters like `weight` runs on our ops."""
-    if cls.forward is not FORWARDS[cls]:
+def _place_reason(module: nn.Module, weight: Tensor | None) -> str | None:
+    """Why no module of this class with parameters like `weight` runs on our ops."""
+    cls = module._upstream
+    if cls.forward is not FORWARDS.get(cls, cls.forward):
         return f"is a {cls.__qualname__}, whose forward was replaced"
     if weight is None:
         return "has no ordinary weight"
@@ -81,83 +83,99 @@ def _dropout(rate: float, device: torch.device) -> Dropout:
 
 def embeddings_reason(module: nn.Module) -> str | None:
     weight = _weight(module.word_embeddings) if isinstance(module.word_embeddings, nn.Module) else None
-    return _place_reason(hf.BertEmbeddings, weight) or embedding_parts_reason(module, weight)  # type: ignore[arg-type]
+    return _place_reason(module, weight) or embedding_parts_reason(module, weight)  # type: ignore[arg-type]
 
 
-class BertEmbeddings(hf.BertEmbeddings):
+class Embeddings:
     """Gathers, sum, LayerNorm and dropout in one launch."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
-    ) -> Tensor:
-        """input_ids (B, S) or inputs_embeds (B, S, hidden); returns (B, S, hidden)."""
-        inputs = input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
+    fused_reason = staticmethod(embeddings_reason)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Arguments by transformers' names: input_ids (B, S) or inputs_embeds; returns (B, S, size)."""
         fused = not torch.compiler.is_compiling() and embeddings_reason(self) is None
-        out = _embedded(self, *inputs) if fused else None
-        return super().forward(*inputs) if out is None else out
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        out = _embedded(self, given) if fused and len(given) == len(args) + len(kwargs) else None
+        return super().forward(*args, **kwargs) if out is None else out
 
 
-def _embedded(
-    module: nn.Module, input_ids: Tensor | None, types: Tensor | None, positions: Tensor | None,
-    embeds: Tensor | None, past: int,
-) -> Tensor | None:  # fmt: skip
+def _embedded(module: nn.Module, given: dict[str, Any]) -> Tensor | None:
     """The embeddings on our op, None where the arguments are not what it takes."""
-    word, norm = module.word_embeddings, module.LayerNorm
+    names = "input_ids", "token_type_ids", "position_ids", "inputs_embeds"
+    input_ids, types, positions, embeds = (given.pop(name, None) for name in names)
+    past = given.pop("past_key_values_length", 0)
+    if given:
+        return None
+    word, norm, given_ids = module.word_embeddings, module.LayerNorm, input_ids
     table = word.weight
-    if embeds is None:
-        if not _fits(input_ids, table, *INDEX_DTYPES) or input_ids.dim() != 2:  # type: ignore[union-attr]
+    if embeds is None or (input_ids is not None and module._family.ids_before_embeds):
+        if not _fits(input_ids, table, *INDEX_DTYPES) or input_ids.dim() != 2:
             return None
-        B, S = input_ids.shape  # type: ignore[union-attr]
+        (B, S), embeds = input_ids.shape, None
     else:
         if not _fits(embeds, table, table.dtype) or embeds.dim() != 3 or embeds.shape[2] != table.shape[1]:
             return None
         (B, S, _), input_ids = embeds.shape, None
-    if positions is None:
+    if positions is None and module._family.position_padding:
+        if past:
+            return None
+        positions = module._family.positions(module, given_ids, embeds)
+    elif positions is None:
         positions = module.position_ids[:, past : S + past]
-    if types is None:
+    type_table = getattr(module, "token_type_embeddings", None)
+    if types is None and type_table is not None:
         types = module.token_type_ids.expand(positions.shape[0], -1).gather(1, positions.long())
-    if positions.shape[-1] != S or types.shape[-1] != S:
-        return None
     for ids in (types, positions):
-        if not _fits(ids, table, *INDEX_DTYPES) or ids.dim() != 2 or ids.shape[0] not in (1, B):
+        if ids is None:
+            continue
+        if not _fits(ids, table, *INDEX_DTYPES) or ids.dim() != 2 or ids.shape[0] not in (1, B) or ids.shape[1] != S:
             return None
     token = torch.arange(B * S, dtype=torch.int32, device=table.device)
     dropout = _dropout(dropout_rate(module.dropout, module.dropout), table.device)
+    position = module.position_embeddings
     with without_autocast(table.device.type):
         rows, _ = embed_layer_norm(
-            input_ids, embeds, types.expand(B, S), positions.expand(B, S), table,
-            module.token_type_embeddings.weight, module.position_embeddings.weight, norm.weight, norm.bias, norm.eps,
+            input_ids, embeds, None if types is None else types.expand(B, S), positions.expand(B, S), table,
+            None if type_table is None else type_table.weight, position.weight, norm.weight, norm.bias, norm.eps,
             -1 if word.padding_idx is None else word.padding_idx, token, None, True, False, *dropout,
+            -1 if position.padding_idx is None else position.padding_idx,
         )  # fmt: skip
     return torch.ops.aten._unsafe_view(rows, (B, S, rows.shape[1]))
 
 
+def projection_parts(module: nn.Module) -> dict[str, nn.Module]:
+    """Query, key and value of an attention module, by the names of their family."""
+    return {name: getattr(module, name) for name in module._family.names[1:4]}
+
+
 def projections_reason(module: nn.Module) -> str | None:
     """Why query, key and value are called one by one; None: they are products of one and the same size."""
-    weight = _weight(module.query)
+    parts = projection_parts(module)
+    first, query = next(iter(parts.items()))
+    weight = _weight(query)
     if weight is None:
-        return f"query {module_reason(module.query, nn.Linear) or 'has no ordinary weight'}"
-    hidden = weight.shape[1]
-    for name in ("query", "key", "value"):
-        reason = linear_reason(getattr(module, name), hidden, module.all_head_size, weight)
+        return f"{first} {module_reason(query, nn.Linear) or 'has no ordinary weight'}"
+    for name, part in parts.items():
+        reason = linear_reason(part, weight.shape[1], _size(module), weight)
         if reason is not None:
             return f"{name} {reason}"
     return None
+
+
+def _size(module: nn.Module) -> int:
+    """Of all heads of an attention module together."""
+    return getattr(module, module._family.heads) * module.attention_head_size
 
 
 def self_attention_reason(module: nn.Module) -> str | None:
     """Why the attention itself is not fused; the projections may still be called one by one."""
     if module.config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"attn_implementation={module.config._attn_implementation!r} was chosen"
+    heads = getattr(module, module._family.heads)
     return (
-        _place_reason(hf.BertSelfAttention, _any_weight(module))
-        or attention_shape_reason(module)
-        or attention_function_reason()
+        _place_reason(module, _any_weight(module))
+        or attention_shape_reason(module, heads, getattr(module, "all_head_size", _size(module)))
+        or attention_function_reason(module._family)
     )
 
 
@@ -169,7 +187,7 @@ def _any_weight(module: nn.Module) -> Tensor | None:
 def self_attention(
     module: nn.Module, hidden: Tensor, mask: Tensor | None, past: Any, want_probs: bool, kwargs: dict[str, Any]
 ) -> Attended | None:  # fmt: skip
-    """(context, weights or None) of a BertSelfAttention on our ops, None where it is not for them.
+    """(context, weights or None) of a self-attention on our ops, None where it is not for them.
 
     want_probs: the call asked for weights; a hook on an eager module sees them too, as upstream's does.
     """
@@ -179,7 +197,7 @@ def self_attention(
     assert like is not None
     if not _fits(hidden, like, like.dtype) or hidden.dim() != 3:
         return None
-    (B, S, _), heads = hidden.shape, module.num_attention_heads
+    (B, S, _), heads, size = hidden.shape, getattr(module, module._family.heads), _size(module)
     if mask is not None:
         if type(mask) not in (Tensor, nn.Parameter) or mask.dim() != 4:
             return None
@@ -195,18 +213,18 @@ def self_attention(
     if projections_reason(module) is None:
         qkv = None
     else:
-        parts = [part(hidden) for part in (module.query, module.key, module.value)]
+        parts = [part(hidden) for part in projection_parts(module).values()]
         dtype = parts[0].dtype
-        if dtype not in DTYPES or any(x.shape != (B, S, module.all_head_size) or x.dtype != dtype for x in parts):
+        if dtype not in DTYPES or any(x.shape != (B, S, size) or x.dtype != dtype for x in parts):
             return None  # an error in upstream's code too
         qkv = torch.cat(parts, -1).view(B * S, -1)
     with without_autocast(device.type):
         if qkv is None:
             rows = hidden.reshape(B * S, -1).to(dtype)
-            qkv = qkv_linear(rows, *(x.to(dtype) for x in projections(module)), None)
+            qkv = qkv_linear(rows, *(x.to(dtype) for x in projections(*projection_parts(module).values())), None)
         packing = make_packing(mask, B, S, device, False, eager)
         dropout = _dropout(dropout_rate(module, module.dropout), device)
-        plan = AttendPlan(packing, heads, module.scaling, eager, dropout, dtype)
+        plan = AttendPlan(packing, heads, attention_scale(module), eager, dropout, dtype)
         context, probs, _ = attended(plan, qkv, packing.bias, want_probs)
         if want_probs:
             probs = probs.to(attentions_dtype(device.type, hidden.dtype, dtype, mask is not None))
@@ -216,13 +234,9 @@ def self_attention(
 
 
 def output_reason(module: nn.Module) -> str | None:
-    """Why dropout, residual and LayerNorm of a BertSelfOutput or BertOutput are not one launch; its dense is called."""
+    """Why dropout, residual and LayerNorm after a projection are not one launch; its dense is called."""
     weight = _weight(module.LayerNorm)
-    return _place_reason(_output_class(module), weight) or norm_parts_reason(module, weight.shape[0], weight)  # type: ignore[union-attr, arg-type]
-
-
-def _output_class(module: nn.Module) -> type:
-    return hf.BertSelfOutput if isinstance(module, hf.BertSelfOutput) else hf.BertOutput
+    return _place_reason(module, weight) or norm_parts_reason(module, weight.shape[0], weight)  # type: ignore[union-attr, arg-type]
 
 
 def _normed(module: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor | None:
@@ -242,66 +256,90 @@ def _normed(module: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor | Non
     return torch.ops.aten._unsafe_view(rows, shape)
 
 
-def _output_forward(self: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """hidden_states (B, S, hidden or intermediate), input_tensor the residual, (B, S, hidden)."""
-    if torch.compiler.is_compiling() or output_reason(self) is not None:
-        return _output_class(self).forward(self, hidden_states, input_tensor)
-    hidden = self.dense(hidden_states)
-    out = _normed(self, hidden, input_tensor)
-    return self.LayerNorm(self.dropout(hidden) + input_tensor) if out is None else out
-
-
-class BertSelfOutput(hf.BertSelfOutput):
+class Output:
     """The dense as it is; dropout, residual and LayerNorm in one launch."""
 
-    forward = _output_forward
+    fused_reason = staticmethod(output_reason)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """hidden_states (B, S, hidden or intermediate), input_tensor the residual, (B, S, hidden)."""
+        if torch.compiler.is_compiling() or output_reason(self) is not None:
+            return super().forward(hidden_states, input_tensor)
+        hidden = self.dense(hidden_states)
+        out = _normed(self, hidden, input_tensor)
+        return self.LayerNorm(self.dropout(hidden) + input_tensor) if out is None else out
 
 
-class BertOutput(hf.BertOutput):
-    """The dense as it is; dropout, residual and LayerNorm in one launch."""
-
-    forward = _output_forward
-
-
-def intermediate_reason(module: nn.Module) -> str | None:
-    weight = _weight(module.dense)
+def _activated_reason(module: nn.Module, dense: nn.Module, act: nn.Module) -> str | None:
+    """Why a dense and its activation are not one launch."""
+    weight = _weight(dense)
     return (
-        _place_reason(hf.BertIntermediate, weight)
-        or linear_reason(module.dense, weight.shape[1], weight.shape[0], weight)  # type: ignore[union-attr]
-        or activation_reason(module.intermediate_act_fn)
+        _place_reason(module, weight)
+        or linear_reason(dense, weight.shape[1], weight.shape[0], weight)  # type: ignore[union-attr]
+        or activation_reason(act)
     )
 
 
-class BertIntermediate(hf.BertIntermediate):
+def activated(dense: nn.Linear, act: nn.Module, hidden: Tensor) -> Tensor | None:
+    """act(dense(hidden)), None where hidden (..., size) does not fit."""
+    weight, shape = dense.weight, hidden.shape
+    dtype = compute_dtype(weight.device.type, weight.dtype)
+    if not _fits(hidden, weight, weight.dtype, dtype) or shape[-1] != weight.shape[1]:
+        return None
+    with without_autocast(weight.device.type):
+        rows = hidden.reshape(-1, shape[-1]).to(dtype)
+        args = rows, weight.to(dtype), dense.bias.to(dtype), None, activation_name(act)
+        rows = linear_gelu_pre(*args)[0] if torch.is_grad_enabled() else linear_gelu(*args)
+    return torch.ops.aten._unsafe_view(rows, (*shape[:-1], rows.shape[1]))
+
+
+def intermediate_reason(module: nn.Module) -> str | None:
+    return _activated_reason(module, module.dense, module.intermediate_act_fn)
+
+
+class Intermediate:
     """Dense, bias and activation in one launch."""
+
+    fused_reason = staticmethod(intermediate_reason)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (..., hidden); returns (..., intermediate)."""
-        if torch.compiler.is_compiling() or intermediate_reason(self) is not None:
-            return super().forward(hidden_states)
-        weight, shape = self.dense.weight, hidden_states.shape
-        dtype = compute_dtype(weight.device.type, weight.dtype)
-        if not _fits(hidden_states, weight, weight.dtype, dtype) or shape[-1] != weight.shape[1]:
-            return super().forward(hidden_states)
-        act = activation_name(self.intermediate_act_fn)
-        with without_autocast(weight.device.type):
-            rows = hidden_states.reshape(-1, shape[-1]).to(dtype)
-            args = rows, weight.to(dtype), self.dense.bias.to(dtype), None, act
-            rows = linear_gelu_pre(*args)[0] if torch.is_grad_enabled() else linear_gelu(*args)
-        return torch.ops.aten._unsafe_view(rows, (*shape[:-1], rows.shape[1]))
+        fused = not torch.compiler.is_compiling() and intermediate_reason(self) is None
+        out = activated(self.dense, self.intermediate_act_fn, hidden_states) if fused else None
+        return super().forward(hidden_states) if out is None else out
+
+
+def feed_forward_reason(module: nn.Module) -> str | None:
+    if module.chunk_size_feed_forward:
+        return f"chunks its feed-forward by {module.chunk_size_feed_forward}"
+    return _activated_reason(module, module.lin1, module.activation)
+
+
+class FeedForward:
+    """DistilBERT's: the first dense, bias and activation in one launch; the second and its dropout as they are."""
+
+    fused_reason = staticmethod(feed_forward_reason)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., hidden); returns the same shape."""
+        fused = not torch.compiler.is_compiling() and feed_forward_reason(self) is None
+        wide = activated(self.lin1, self.activation, input) if fused else None
+        return super().forward(input) if wide is None else self.dropout(self.lin2(wide))
 
 
 def pooler_reason(module: nn.Module) -> str | None:
     weight = _weight(module.dense)
     return (
-        _place_reason(hf.BertPooler, weight)
+        _place_reason(module, weight)
         or linear_reason(module.dense, weight.shape[1], weight.shape[0], weight)  # type: ignore[union-attr]
         or module_reason(module.activation, nn.Tanh)
     )
 
 
-class BertPooler(hf.BertPooler):
+class Pooler:
     """First token, dense, bias and tanh in one launch."""
+
+    fused_reason = staticmethod(pooler_reason)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (B, S, hidden); returns (B, hidden)."""
@@ -319,21 +357,23 @@ class BertPooler(hf.BertPooler):
 
 
 def transform_reason(module: nn.Module) -> str | None:
-    """Why a BertPredictionHeadTransform runs transformers' code."""
+    """Why the transform of a masked-LM head runs transformers' code."""
     weight = _weight(module.dense)
     if weight is not None and weight.is_floating_point() and weight.device.type in ("cpu", "cuda"):
         if torch.is_autocast_enabled(weight.device.type):
             return "autocast is on"
     return (
-        _place_reason(hf.BertPredictionHeadTransform, weight)
+        _place_reason(module, weight)
         or linear_reason(module.dense, weight.shape[1], weight.shape[1], weight)  # type: ignore[union-attr]
         or activation_reason(module.transform_act_fn)
         or layer_norm_reason(module.LayerNorm, weight.shape[1], weight)  # type: ignore[union-attr]
     )
 
 
-class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
+class Transform:
     """The masked-LM head's dense, activation and LayerNorm: two launches."""
+
+    fused_reason = staticmethod(transform_reason)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (..., hidden); returns the same shape."""
@@ -347,14 +387,3 @@ class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
         act = activation_name(self.transform_act_fn)
         rows = gelu_layer_norm(rows, norm.weight, norm.bias, norm.eps, act)
         return torch.ops.aten._unsafe_view(rows, hidden_states.shape)
-
-
-REASONS: dict[type, Callable[[nn.Module], str | None]] = {
-    hf.BertEmbeddings: embeddings_reason,
-    hf.BertSelfAttention: self_attention_reason,
-    hf.BertSelfOutput: output_reason,
-    hf.BertIntermediate: intermediate_reason,
-    hf.BertOutput: output_reason,
-    hf.BertPooler: pooler_reason,
-    hf.BertPredictionHeadTransform: transform_reason,
-}

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils import output_capturing
 
 from bert_fast.encoder import Encoded
+from bert_fast.family import Family
 
 SELECTS_HIDDEN_STATES = hasattr(output_capturing, "selected_hidden_states")  # later than 5.17
 
@@ -35,15 +36,22 @@ def select_hidden_states(hidden: list[torch.Tensor], wanted: Any, n_layers: int)
 
 
 def make_outputs(
-    encoded: Encoded, hidden_states: Any, attentions: Any, return_dict: bool | None, n_layers: int
-) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+    family: Family, encoded: Encoded, hidden_states: Any, attentions: Any, return_dict: bool | None, n_layers: int
+) -> ModelOutput | tuple[Any, ...]:
     """hidden_states, attentions: the flags as the caller gave them; return_dict False gives the tuple."""
-    outputs = BaseModelOutputWithPoolingAndCrossAttentions(
-        last_hidden_state=encoded.last, pooler_output=encoded.pooled
-    )
+    given = {"last_hidden_state": encoded.last}
+    if family.pooler_class is not None:
+        given["pooler_output"] = encoded.pooled
+    outputs = family.outputs(**given)
     if hidden_states:
         outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states, n_layers)
     if attentions:
         outputs["attentions"] = tuple(encoded.attentions)
-        outputs["cross_attentions"] = ()  # as upstream: asked for, and an encoder has none
-    return outputs.to_tuple() if return_dict is False else outputs
+        if family.returns_cross_attentions:  # as upstream: asked for, and an encoder has none
+            outputs["cross_attentions"] = ()
+    if return_dict is not False:
+        return outputs
+    values = outputs.to_tuple()
+    if family.keeps_absent_pooler and encoded.pooled is None:
+        return (values[0], None, *values[1:])
+    return values

@@ -28,6 +28,16 @@ def resolve_padding(padding: str, first_token_only: bool, returns_positions: boo
     return padding
 
 
+def relative_mask(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A bias (1, heads, S, S) of all scores and a mask as `make_packing` takes it, as one additive 4-D mask."""
+    if mask is None:
+        return bias
+    keep = mask if mask.dim() == 4 else (mask != 0)[:, None, None]
+    if keep.dtype == torch.bool:
+        keep = torch.where(keep.to(bias.device), 0.0, torch.finfo(bias.dtype).min).to(bias.dtype)
+    return bias + keep
+
+
 @dataclass(frozen=True)
 class Packing:
     """Row <-> token map and lengths of one call, from kernels/pack.py."""

@@ -17,11 +17,12 @@ Blind spots, in which a fresh walk would see what this does not:
 - a hook put into a module's dict of hooks by hand: hooks are looked at after any `register_...hook` in the process;
 - the dict itself of `_modules`, `_parameters` or `_buffers` exchanged for another one;
 - a Parameter's `__class__` changed in place.
-A submodule that refers back to its BertModel keeps the snapshot, and with it the model, alive.
+A submodule that refers back to its model keeps the snapshot, and with it the model, alive.
 """
 
 from __future__ import annotations
 
+import sys
 from itertools import chain
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
@@ -30,23 +31,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.models.bert import modeling_bert as hf
 
-from bert_fast.tiers import FORWARDS
+from bert_fast.family import Family, family_of
+from bert_fast.tiers import mask_function
 
 _FORWARD_OF = attrgetter("forward")
 _CHECKPOINTING = attrgetter("gradient_checkpointing")  # an attribute of the class until it is set
 _TRAINING = itemgetter("training")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONFIG = ("is_decoder", "is_causal", "_attn_implementation", "_attn_implementation_internal")
-# what encode and the walk read of a module beside its parameters
+# what encode and the walk read of a torch module beside its parameters
 _CONSTANTS: dict[type, tuple[str, ...]] = {
     nn.LayerNorm: ("eps",),
     nn.Linear: ("out_features",),  # of the intermediate one alone
     nn.Embedding: ("max_norm", "sparse", "scale_grad_by_freq", "padding_idx"),
-    hf.BertSelfAttention: ("scaling", "num_attention_heads", "attention_head_size", "is_decoder", "is_causal"),
-    hf.BertLayer: ("is_decoder", "add_cross_attention", "chunk_size_feed_forward"),
 }
+# and of a module of transformers, where it has that attribute
+_NUMBERS = ("scaling", "attention_head_size", "is_decoder", "is_causal", "add_cross_attention", "padding_idx")
+_NUMBERS += ("chunk_size_feed_forward",)
 _UNREADABLE = (RuntimeError, TypeError, KeyError, AttributeError)  # of what is removed, or has no memory of its own
 
 
@@ -55,39 +57,41 @@ def _flat(dicts: Any) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, dicts)))
 
 
-def _globals_of(model: nn.Module) -> tuple[Any, ...]:
+def _globals_of(model: nn.Module, family: Family) -> tuple[Any, ...]:
     """Facts outside the modules, compared by `==`."""
     config = model.config.__dict__
     return (
         *map(config.get, _CONFIG),
-        getattr(model._create_attention_masks, "__func__", None),
-        hf.eager_attention_forward,
-        hf.ALL_ATTENTION_FUNCTIONS.get("sdpa"),
-        *map(_FORWARD_OF, FORWARDS),
+        mask_function(model),
+        family.current_attention_functions(),
+        *map(_FORWARD_OF, family.forwards),
     )
 
 
 class Snapshot:
-    """The state of a plain BertModel; no reference to the model itself, so that it can die.
+    """The state of a plain model; no reference to the model itself, so that it can die.
 
-    device, dtype: the model's; training: any module is in training mode; max_length: of the default positions; graphs:
-    what graphs.py captured under it.
+    view: its parts; device, dtype: the model's; training: any module is in training mode; max_length: of the default
+    positions; graphs: what graphs.py captured under it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         below = modules[1:]
-        self._globals = _globals_of(model)
+        family = self._family = family_of(model)
+        view = self.view = family.view(model)
+        self._globals = _globals_of(model, family)
         self._trees = [m._modules for m in modules if m._modules]
         self._children = _flat(self._trees)
         self._types = list(map(type, self._children))
-        # of attention.self.dropout only p and the parent's training flag are read, and those in training only
-        unread = {id(getattr(layer.attention.self, "dropout", None)) for layer in model.encoder.layer}
+        # of this dropout only p and the parent's training flag are read, and those in training only
+        own = [] if family.dropout_is_called else [layer.attention for layer in view.layers]
+        unread = {id(getattr(attention, "dropout", None)) for attention in own}
         self._dicts = [m.__dict__ for m in below if id(m) not in unread]
         self._lengths = list(map(len, self._dicts))
         self._training = list(map(_TRAINING, self._dicts))
         self.training = model.training or any(self._training)
-        self._layers = list(model.encoder.layer)
+        self._layers = [layer for layer in family.layers_of(model) if hasattr(layer, "gradient_checkpointing")]
         self._checkpointing = list(map(_CHECKPOINTING, self._layers))
         self._newest_hook = self._hook_seen = -1
         self._hooks = self._read_hooks()  # transformers' own, which a walk lets pass
@@ -98,17 +102,22 @@ class Snapshot:
         self._word = embeddings.word_embeddings._parameters
         word = self._word["weight"]
         self.device, self.dtype = word.device, word.dtype
-        self.max_length = embeddings.position_ids.shape[1]
+        counted = view.embeddings.positions is not None
+        self.max_length = sys.maxsize if counted else embeddings.position_ids.shape[1]
         self.graphs: Any = None
-        wide = [layer.intermediate.dense for layer in model.encoder.layer]
-        dicts_of = {cls: [m.__dict__ for m in below if isinstance(m, cls)] for cls in _CONSTANTS}
-        dicts_of[nn.Linear] = [m.__dict__ for m in wide]
+        dicts_of = {_CONSTANTS[cls]: [m.__dict__ for m in below if isinstance(m, cls)] for cls in _CONSTANTS}
+        dicts_of[_CONSTANTS[nn.Linear]] = [layer.up.__dict__ for layer in view.layers]
+        for m in below:
+            if type(m).__module__.startswith(("transformers.", "bert_fast.")):
+                names = tuple(name for name in (*_NUMBERS, family.heads) if name in m.__dict__)
+                dicts_of.setdefault(names, []).append(m.__dict__)
         self._constants: list[tuple[Any, list[dict[str, Any]], list[Any]]] = []
         self._addresses: list[int] | None = None
         try:
-            for cls, dicts in dicts_of.items():
-                read = itemgetter(*_CONSTANTS[cls])
-                self._constants.append((read, dicts, list(map(read, dicts))))
+            for names, dicts in dicts_of.items():
+                if names:
+                    read = itemgetter(*names)
+                    self._constants.append((read, dicts, list(map(read, dicts))))
             self._addresses = self._read_addresses()
         except _UNREADABLE:  # walk at every call
             pass
@@ -149,7 +158,7 @@ class Snapshot:
                     return False
         except _UNREADABLE:
             return False
-        return _globals_of(model) == self._globals
+        return _globals_of(model, self._family) == self._globals
 
 
 _snapshots: WeakKeyDictionary[nn.Module, dict[bool, Snapshot]] = WeakKeyDictionary()

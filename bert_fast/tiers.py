@@ -8,6 +8,7 @@ exact class, no hook, no parametrization, no replaced forward, ordinary paramete
 from __future__ import annotations
 
 import logging
+from operator import attrgetter
 from types import CodeType
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 from transformers import activations
-from transformers.models.bert import modeling_bert as hf
 from transformers.utils import output_capturing
 
+from bert_fast.family import Family, attention_scale, family_of
 from bert_fast.kernels.attention import MAX_HEAD_DIM
 from bert_fast.kernels.runtime import unsupported_reason
 
@@ -49,15 +50,13 @@ def _nested_code(function: Any, name: str) -> CodeType | None:
 CAPTURE_HOOK = _nested_code(getattr(output_capturing, "install_output_capuring_hook", None), "output_capturing_hook")
 
 # What a call of each class runs, as imported: whoever replaces one of these for everybody gets transformers' forward.
-FORWARDS: dict[type, Any] = {
-    cls: cls.forward
-    for cls in (
-        *(hf.BertEmbeddings, hf.BertEncoder, hf.BertLayer, hf.BertAttention, hf.BertSelfAttention, hf.BertSelfOutput),
-        *(hf.BertIntermediate, hf.BertOutput, hf.BertPooler, hf.BertPredictionHeadTransform),
-        *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout),
-    )
-}
-ATTENTION_FUNCTIONS = (hf.eager_attention_forward, hf.ALL_ATTENTION_FUNCTIONS.get("sdpa"))
+FORWARDS: dict[type, Any] = {}
+
+
+def register_family(family: Family) -> None:
+    """Keep what transformers' classes of a family run now, before anybody replaces it."""
+    FORWARDS.update(family.forwards)
+    _ = family.attention_functions
 
 
 def is_capture_hook(hook: Any) -> bool:
@@ -148,27 +147,23 @@ def _parts_reason(path: str, parts: list[tuple[str, str | None]]) -> str | None:
 
 
 def embedding_parts_reason(module: nn.Module, like: torch.Tensor) -> str | None:
-    for name, reason in (
-        ("word_embeddings", _embedding_reason(module.word_embeddings, like)),
-        ("position_embeddings", _embedding_reason(module.position_embeddings, like)),
-        ("token_type_embeddings", _embedding_reason(module.token_type_embeddings, like)),
-        ("LayerNorm", layer_norm_reason(module.LayerNorm, like.shape[1], like)),
-        ("dropout", module_reason(module.dropout, nn.Dropout)),
-    ):
+    """Why the tables, LayerNorm and dropout of embeddings are not plain; like: the word table."""
+    tables = ["word_embeddings", "position_embeddings"]
+    buffers = ["position_ids"]
+    if hasattr(module, "token_type_embeddings"):
+        tables.append("token_type_embeddings")
+        buffers.append("token_type_ids")
+    for name in tables:
+        reason = _embedding_reason(getattr(module, name), like)
         if reason is not None:
             return f"({name}) {reason}"
-    if not all(hasattr(module, name) for name in ("position_ids", "token_type_ids")):
+    if not all(hasattr(module, name) for name in buffers):
         return "has lost a buffer"
-    return None
-
-
-def embeddings_reason(module: nn.Module, like: torch.Tensor) -> str | None:
-    reason = module_reason(module, hf.BertEmbeddings) or embedding_parts_reason(module, like)
-    return reason and f"embeddings {reason}"
+    return norm_parts_reason(module, like.shape[1], like)
 
 
 def norm_parts_reason(module: nn.Module, size: int, like: torch.Tensor) -> str | None:
-    """Why the LayerNorm and the dropout of a BertSelfOutput or BertOutput are not plain."""
+    """Why the LayerNorm and the dropout of embeddings, or of what follows a projection, are not plain."""
     for name, part in (
         ("LayerNorm", layer_norm_reason(module.LayerNorm, size, like)),
         ("dropout", module_reason(module.dropout, nn.Dropout)),
@@ -178,82 +173,79 @@ def norm_parts_reason(module: nn.Module, size: int, like: torch.Tensor) -> str |
     return None
 
 
-def _output_reason(module: nn.Module, expected: type, in_features: int, hidden: int, like: torch.Tensor) -> str | None:
-    reason = module_reason(module, expected)
-    if reason:
-        return reason
-    part = linear_reason(module.dense, in_features, hidden, like)
-    return f"(dense) {part}" if part else norm_parts_reason(module, hidden, like)
-
-
-def attention_shape_reason(own: nn.Module) -> str | None:
-    """Why the kernels cannot be the attention of this BertSelfAttention, whatever its projections."""
-    if own.is_decoder or own.is_causal:
+def attention_shape_reason(own: nn.Module, heads: int, size: int) -> str | None:
+    """Why the kernels cannot be the attention of this module, whatever its projections; size: of all heads together."""
+    if getattr(own, "is_decoder", False) or getattr(own, "is_causal", False):
         return "is causal"
-    if own.num_attention_heads * own.attention_head_size != own.all_head_size:
+    if heads * own.attention_head_size != size:
         return "has heads that do not make up its size"
     if own.attention_head_size > MAX_HEAD_DIM:
         return f"has head_dim {own.attention_head_size}, the kernels take up to {MAX_HEAD_DIM}"
-    if not isinstance(own.scaling, (int, float)) or not own.scaling > 0:
-        return f"has scaling {own.scaling}, the kernels take numbers above 0"
+    scale = attention_scale(own)
+    if not isinstance(scale, (int, float)) or not scale > 0:
+        return f"has scaling {scale}, the kernels take numbers above 0"
     return None
 
 
-def attention_function_reason() -> str | None:
-    if (hf.eager_attention_forward, hf.ALL_ATTENTION_FUNCTIONS.get("sdpa")) != ATTENTION_FUNCTIONS:
+def attention_function_reason(family: Family) -> str | None:
+    if family.current_attention_functions() != family.attention_functions:
         return "an attention function of transformers was replaced"
     return None
 
 
-def layer_reason(layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
-    """Why one BertLayer cannot run on our ops; `like` is the word table, for dtype, device and hidden size."""
-    hidden = like.shape[1]
-    reason = module_reason(layer, hf.BertLayer)
-    if reason is None and (layer.is_decoder or layer.add_cross_attention):
-        reason = "is a decoder layer"
-    if reason is None and layer.chunk_size_feed_forward:
-        reason = f"chunks its feed-forward by {layer.chunk_size_feed_forward}"
-    if reason:
-        return f"{path} {reason}"
-    if layer.gradient_checkpointing and layer.training:
+def layer_reason(family: Family, layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
+    """Why one layer cannot run on our ops; like: a tensor (any, hidden) of the model's dtype and device."""
+    hidden, names = like.shape[1], family.names
+    for name, cls in family.layer_classes.items():
+        try:
+            module = attrgetter(name)(layer) if name else layer
+        except AttributeError:
+            module = None
+        reason = module_reason(module, cls)
+        if reason is None and getattr(module, "chunk_size_feed_forward", 0):
+            reason = f"chunks its feed-forward by {module.chunk_size_feed_forward}"
+        if reason is None and (getattr(module, "is_decoder", False) or getattr(module, "add_cross_attention", False)):
+            reason = "is a decoder's"
+        if reason is not None:
+            return f"{path}{'.' if name else ''}{name} {reason}"
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:
         return f"{path} is checkpointed"
-    if "feed_forward_chunk" in layer.__dict__:
-        return f"{path} has a replaced feed_forward_chunk"
-    attention, inter = layer.attention, layer.intermediate
-    reason = _parts_reason(
-        path,
-        [
-            ("attention", module_reason(attention, hf.BertAttention)),
-            ("attention.self", module_reason(getattr(attention, "self", None), hf.BertSelfAttention)),
-            ("intermediate", module_reason(inter, hf.BertIntermediate)),
-        ],
-    )
+    for name in ("feed_forward_chunk", "ff_chunk"):
+        if any(name in attrgetter(n)(layer).__dict__ if n else name in layer.__dict__ for n in family.layer_classes):
+            return f"{path} has a replaced {name}"
+    try:
+        view = family.layer_view(layer)
+    except AttributeError as error:
+        return f"{path} has lost a part: {error}"
+    reason = attention_shape_reason(view.attention, view.heads, hidden)
     if reason:
-        return reason
-    own = attention.self
-    reason = attention_shape_reason(own)
-    if reason is None and own.all_head_size != hidden:
-        reason = f"has heads of {own.all_head_size} numbers in all, not {hidden}"
-    if reason:
-        return f"{path}.attention.self {reason}"
-    wide = getattr(inter.dense, "out_features", 0)
+        return f"{path}.{names.attention} {reason}"
+    wide = getattr(view.up, "out_features", 0)
+    dropout = None if view.attention_dropout is None else module_reason(view.attention_dropout, nn.Dropout)
+    if dropout is None and family.dropout_is_called:
+        # elsewhere hooks on it never fire: only its p and the parent's training flag are read
+        dropout = module_reason(view.attention.dropout, nn.Dropout)
     return _parts_reason(
         path,
         [
-            ("attention.self.query", linear_reason(own.query, hidden, hidden, like)),
-            ("attention.self.key", linear_reason(own.key, hidden, hidden, like)),
-            ("attention.self.value", linear_reason(own.value, hidden, hidden, like)),
-            # hooks on this dropout never fire upstream: only its p and the parent's training flag are read
-            ("attention.output", _output_reason(attention.output, hf.BertSelfOutput, hidden, hidden, like)),
-            ("intermediate.dense", linear_reason(inter.dense, hidden, wide, like)),
-            ("intermediate.intermediate_act_fn", activation_reason(inter.intermediate_act_fn)),
-            ("output", _output_reason(layer.output, hf.BertOutput, wide, hidden, like)),
+            *(
+                (f"{names.attention}.{name}", linear_reason(part, hidden, hidden, like))
+                for name, part in zip(names[1:4], view[:3], strict=True)
+            ),
+            (names.attention_dense, linear_reason(view.attention_dense, hidden, hidden, like)),
+            (names.attention_dropout or names.attention, dropout),
+            (names.attention_norm, layer_norm_reason(view.attention_norm, hidden, like)),
+            (names.up, linear_reason(view.up, hidden, wide, like)),
+            (names.act, activation_reason(view.act)),
+            (names.down, linear_reason(view.down, wide, hidden, like)),
+            (names.dropout, module_reason(view.dropout, nn.Dropout)),
+            (names.norm, layer_norm_reason(view.norm, hidden, like)),
         ],
     )
 
 
-def pooler_reason(pooler: nn.Module, like: torch.Tensor) -> str | None:
-    reason = module_reason(pooler, hf.BertPooler)
+def pooler_reason(family: Family, pooler: nn.Module, like: torch.Tensor) -> str | None:
+    reason = module_reason(pooler, family.pooler_class)
     hidden = like.shape[1]
     return _parts_reason(
         "pooler",
@@ -267,22 +259,30 @@ def pooler_reason(pooler: nn.Module, like: torch.Tensor) -> str | None:
 
 
 def word_table(model: nn.Module) -> torch.Tensor | None:
-    """The word embeddings (V, hidden) of a BertModel, if it has such a table: the model's dtype, device and size."""
+    """The word embeddings (V, size) of a model, if it has such a table: the model's dtype and device."""
     word = getattr(getattr(model.embeddings, "word_embeddings", None), "weight", None)
     return word if isinstance(word, torch.Tensor) and word.dim() == 2 else None
 
 
+def embeddings_reason(family: Family, model: nn.Module, word: torch.Tensor) -> str | None:
+    module = model.embeddings
+    reason = module_reason(module, family.embeddings_class) or embedding_parts_reason(module, word)
+    if reason is None:
+        replaced = [name for name in module.__dict__ if name.startswith("create_position_ids")]
+        reason = f"has a replaced {replaced[0]}" if replaced else None
+    return reason and f"embeddings {reason}"
+
+
 def model_reason(model: nn.Module) -> str | None:
-    """Why the modules of a BertModel cannot run on the encoder tier."""
-    config = model.config
-    if config.is_decoder or getattr(config, "is_causal", False):
+    """Why the modules of one of our models cannot run on the encoder tier."""
+    family, config = family_of(model), model.config
+    if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
         return "the model is a decoder"
     if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"attn_implementation={config._attn_implementation!r} was chosen"
-    masks = getattr(model._create_attention_masks, "__func__", None)
-    if masks is not hf.BertModel.__dict__["_create_attention_masks"]:
+    if mask_function(model) is not family.model.__dict__.get("_create_attention_masks"):
         return "the model makes its own attention masks"
-    reason = attention_function_reason()
+    reason = attention_function_reason(family)
     if reason:
         return reason
     word = word_table(model)
@@ -290,17 +290,37 @@ def model_reason(model: nn.Module) -> str | None:
         return "embeddings.word_embeddings has no ordinary table"
     if word.dtype not in DTYPES:
         return f"parameters are {word.dtype}"
-    reason = unsupported_reason(word.device) or embeddings_reason(model.embeddings, word)
-    reason = reason or _parts_reason("encoder", [("", module_reason(model.encoder, hf.BertEncoder))])
+    reason = unsupported_reason(word.device) or embeddings_reason(family, model, word)
+    for name, cls in family.model_classes.items():
+        reason = reason or _parts_reason(name, [("", module_reason(getattr(model, name, None), cls))])
     if reason:
         return reason
-    if type(model.encoder.layer) is not nn.ModuleList or not len(model.encoder.layer):
-        return "encoder.layer is not an ordinary list of layers"
-    for i, layer in enumerate(model.encoder.layer):
-        reason = layer_reason(layer, f"encoder.layer.{i}", word)
+    layers = family.layers_of(model)
+    if type(layers) is not nn.ModuleList or not len(layers):
+        return f"{family.layers} is not an ordinary list of layers"
+    like = word.new_empty(1).expand(1, config.hidden_size)
+    project = getattr(model, "embeddings_project", None)
+    if project is not None:
+        reason = _parts_reason("embeddings_project", [("", linear_reason(project, word.shape[1], like.shape[1], like))])
+    elif word.shape[1] != like.shape[1]:
+        reason = f"embeddings have {word.shape[1]} numbers, not {like.shape[1]}"
+    if reason is None and family.relative_positions:
+        bias = model.encoder.relative_attention_bias
+        reason = _embedding_reason(bias, word.new_empty(1).expand(1, config.num_attention_heads))
+        reason = reason and f"encoder.relative_attention_bias {reason}"
+    if reason:
+        return reason
+    for i, layer in enumerate(layers):
+        reason = layer_reason(family, layer, f"{family.layers}.{i}", like)
         if reason:
             return reason
-    return None if model.pooler is None else pooler_reason(model.pooler, word)
+    pooler = getattr(model, "pooler", None)
+    return None if pooler is None else pooler_reason(family, pooler, like)
+
+
+def mask_function(model: nn.Module) -> Any:
+    """The method that makes transformers' masks, None where a model has none."""
+    return getattr(getattr(model, "_create_attention_masks", None), "__func__", None)
 
 
 def surroundings_reason() -> str | None:
@@ -351,7 +371,7 @@ _warned: set[str] = set()
 
 
 def warn_once(reason: str) -> None:
-    """Say once per reason that a BertModel is not fused as a whole."""
+    """Say once per reason that a model is not fused as a whole."""
     if reason not in _warned:
         _warned.add(reason)
         logger.warning("transformers' own forward drives, the model is not fused as a whole: %s", reason)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bert_fast.encoder import Encoded, _embed, _padded
+from bert_fast.encoder import Encoded, _embed, _padded, _to_padded
+from bert_fast.family import ModelView
 from bert_fast.kernels.dropout import make_seed
+from bert_fast.kernels.linear import linear
 from bert_fast.kernels.pool import pool
 from bert_fast.kernels.qkv_linear import qkv_linear
 from bert_fast.kernels.runtime import without_autocast
@@ -35,13 +37,14 @@ def dropout_rate(module: nn.Module, dropout: nn.Module) -> float:
     return float(dropout.p) if module.training else 0.0
 
 
-def _rates(model: nn.Module) -> list[float]:
+def _rates(view: ModelView) -> list[float]:
     """p of every place, by site: embeddings; of each layer attention weights, attention output, layer output."""
-    dropout = model.embeddings.dropout
+    dropout = view.embeddings.dropout
     rates = [dropout_rate(dropout, dropout)]
-    for layer in model.encoder.layer:
-        own, out, ffn = layer.attention.self, layer.attention.output.dropout, layer.output.dropout
-        rates += [dropout_rate(own, own.dropout), dropout_rate(out, out), dropout_rate(ffn, ffn)]
+    for layer in view.layers:
+        out, ffn = layer.attention_dropout, layer.dropout
+        rates.append(dropout_rate(layer.dropout_owner, layer.attention.dropout))
+        rates += [0.0 if out is None else dropout_rate(out, out), dropout_rate(ffn, ffn)]
     return rates
 
 
@@ -62,7 +65,7 @@ def differentiable_context(qkv: torch.Tensor, probs: torch.Tensor, packing: Pack
 
 
 def encode_training(
-    model: nn.Module,
+    view: ModelView,
     packing: Packing,
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
@@ -72,27 +75,26 @@ def encode_training(
     want_attentions: bool,
     masked: bool,
 ) -> Encoded:
-    """Run a BertModel whose modules are plain (tiers.model_reason is None) on checked inputs.
+    """Run a model whose modules are plain (tiers.model_reason is None) on checked inputs.
 
     masked: a mask hides a key; the dtype of attentions, where wanted, depends on it under autocast.
     """
-    device = model.embeddings.word_embeddings.weight.device
-    dtype = compute_dtype(device.type, model.embeddings.word_embeddings.weight.dtype)
+    device = view.embeddings.word.weight.device
+    dtype = compute_dtype(device.type, view.embeddings.word.weight.dtype)
     with without_autocast(device.type):
         return _encode(
-            model, packing, (input_ids, token_type_ids, position_ids, inputs_embeds), want_hidden, want_attentions,
+            view, packing, (input_ids, token_type_ids, position_ids, inputs_embeds), want_hidden, want_attentions,
             masked, dtype, device,
         )  # fmt: skip
 
 
 def _encode(
-    model: nn.Module, p: Packing, inputs: tuple[torch.Tensor | None, ...], want_hidden: bool, want_attentions: bool,
+    view: ModelView, p: Packing, inputs: tuple[torch.Tensor | None, ...], want_hidden: bool, want_attentions: bool,
     masked: bool, dtype: torch.dtype, device: torch.device,
 ) -> Encoded:  # fmt: skip
-    rates = _rates(model)
+    rates = _rates(view)
     seed = make_seed(device) if any(rates) else None
-    uniform_empty = model.config._attn_implementation == "eager"
-    layers, hidden, attentions = model.encoder.layer, [], []
+    layers, hidden, attentions = view.layers, [], []
 
     def dropout(site: int) -> Dropout:
         return Dropout(seed, site, rates[site])
@@ -106,14 +108,20 @@ def _encode(
         hidden.append(padded)
         return padded.view(out.shape) if p.identity else padded.view(out.shape).index_select(0, p.token)
 
-    to_tokens = want_hidden and not p.identity
-    rows = _embed(model.embeddings, p, *inputs, not to_tokens, to_tokens, dropout(0))[to_tokens]
+    to_tokens, project = want_hidden and not p.identity, view.embeddings.project
+    if project is None:
+        rows = _embed(view.embeddings, p, *inputs, not to_tokens, to_tokens, dropout(0))[to_tokens]
+    else:
+        rows, _ = _embed(view.embeddings, p, *inputs, True, False, dropout(0))
+        rows = linear(rows.to(dtype), cast(project.weight), cast(project.bias), p.n_rows)
+        rows = _to_padded(rows, p) if to_tokens else rows
     if want_hidden:
         rows = handed_out(rows)
+    rows = rows.to(view.embeddings.word.weight.dtype)  # under autocast a projection's result is half
     for i, layer in enumerate(layers):
-        own, is_last, site = layer.attention.self, i + 1 == len(layers), 1 + 3 * i
-        plan = AttendPlan(p, own.num_attention_heads, own.scaling, uniform_empty, dropout(site), dtype)
-        parameters = list(map(cast, projections(own)))
+        is_last, site = i + 1 == len(layers), 1 + 3 * i
+        plan = AttendPlan(p, layer.heads, layer.scale, view.uniform_empty, dropout(site), dtype)
+        parameters = list(map(cast, projections(layer.query, layer.key, layer.value)))
         if want_attentions:
             qkv = qkv_linear(rows.to(dtype), *parameters, p.n_rows)
             context, probs, _ = attended(plan, qkv, p.bias, True)
@@ -131,9 +139,9 @@ def _encode(
     last = _padded(rows, p)
     if want_hidden:
         hidden.append(last)
-    pooler = model.pooler
+    pooler = view.pooler
     pooled = None
     if pooler is not None:
         first = last if last.dtype == dtype else last[:, :1].to(dtype)
-        pooled = pool(first, cast(pooler.dense.weight), cast(pooler.dense.bias))
+        pooled = pool(first, cast(pooler.weight), cast(pooler.bias))
     return Encoded(last, pooled, hidden, attentions)

@@ -5,7 +5,8 @@
   query without any key keeps sdpa's context of zeros, and has weights of zero.
 - A 4-D boolean mask says which keys to keep under eager too, where transformers would add it as 0 and 1.
 
-The shared config is not touched, so threads cannot disturb each other.
+The shared config is not touched, so threads cannot disturb each other. As in modules.py, the classes here are put
+before one of transformers'.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.models.bert import modeling_bert as hf
 
-from bert_fast.modules import self_attention
+from bert_fast.modules import self_attention, self_attention_reason
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _EagerView:
-    """A module as its own forward sees it, except that the configured attention is eager."""
+    """A module as its own forward sees it, except that the configured attention is eager, and that an output
+    projection of its own (DistilBERT's) is left to the caller."""
 
     config = SimpleNamespace(_attn_implementation="eager")  # all that the forward reads of it
+    out_lin = staticmethod(lambda context: context)
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
@@ -74,37 +76,45 @@ def _wants_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     return module.config._attn_implementation == "sdpa" and _asked_for_weights(module, kwargs)
 
 
-class BertSelfAttention(hf.BertSelfAttention):
-    """transformers' BertSelfAttention; see the module's docstring for what differs."""
+class SelfAttention:
+    """Self-attention on our ops where it can be; see the module's docstring for what differs elsewhere."""
+
+    fused_reason = staticmethod(self_attention_reason)
+
+    def _project(self, attended: Attended) -> Attended:
+        return attended
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Attended:
-        if not torch.compiler.is_compiling():
+        past = args[0] if args else kwargs.get("past_key_values")
+        if not torch.compiler.is_compiling() and len(args) < 2:
             want = _asked_for_weights(self, kwargs)
-            fused = self_attention(self, hidden_states, attention_mask, past_key_values, want, kwargs)
+            fused = self_attention(self, hidden_states, attention_mask, past, want, kwargs)
             if fused is not None:
-                return fused
+                return self._project(fused)
         if not _wants_weights(self, kwargs):
             if self.config._attn_implementation == "eager":
                 attention_mask = _additive(attention_mask, hidden_states)
-            return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         keep, is_causal = attention_mask, kwargs.get("is_causal")
         if keep is None and (self.is_causal if is_causal is None else is_causal):
-            keep = _causal_keep(past_key_values, self.layer_idx, hidden_states)
+            keep = _causal_keep(past, self.layer_idx, hidden_states)
         mask = _additive(keep, hidden_states)
-        attended = hf.BertSelfAttention.forward(
-            _EagerView(self), hidden_states, mask, past_key_values=past_key_values, **kwargs
-        )
-        return _without_dead_rows(attended, keep)
+        attended = self._upstream.forward(_EagerView(self), hidden_states, mask, *args, **kwargs)
+        return self._project(_without_dead_rows(attended, keep))
 
 
-class BertCrossAttention(hf.BertCrossAttention):
-    """transformers' BertCrossAttention; see the module's docstring for what differs."""
+class ProjectedSelfAttention(SelfAttention):
+    """DistilBERT's, whose output projection is part of the module."""
+
+    def _project(self, attended: Attended) -> Attended:
+        context, weights = attended
+        return self.out_lin(context), weights
+
+
+class CrossAttention:
+    """transformers' cross-attention; see the module's docstring for what differs."""
 
     def forward(
         self,
@@ -119,7 +129,7 @@ class BertCrossAttention(hf.BertCrossAttention):
                 attention_mask = _additive(attention_mask, hidden_states)
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs)
         mask = _additive(attention_mask, hidden_states)
-        attended = hf.BertCrossAttention.forward(
+        attended = self._upstream.forward(
             _EagerView(self), hidden_states, encoder_hidden_states, mask, past_key_values, **kwargs
         )
         return _without_dead_rows(attended, attention_mask)

@@ -15,6 +15,7 @@ from test_real_weights import IDS, folder_of, load
 import bert_fast
 from bert_fast import folded
 from bert_fast.encoder import Encoded, encode
+from bert_fast.family import ModelView, family_of
 from bert_fast.folded import encode_folded, folded_reason, folding
 from bert_fast.kernels.runtime import dependent_launches
 from bert_fast.packing import Packing, make_packing
@@ -36,6 +37,10 @@ def no_grad():
         yield
 
 
+def view_of(model: Any) -> ModelView:
+    return family_of(model).view(model)
+
+
 def packing_of(model: Any, mask: torch.Tensor | None, B: int = B, S: int = S, skip: bool = False) -> Packing:
     return make_packing(mask, B, S, model.device, skip, model.config._attn_implementation == "eager")
 
@@ -53,7 +58,7 @@ def assert_model(upstream: Any, ours: Any, inputs: dict[str, torch.Tensor], skip
     B, S = inputs["input_ids"].shape
     flags = {"output_hidden_states": True, "output_attentions": True}
     args = packing_of(ours, mask, B, S, skip), inputs["input_ids"], None, None, None, True, True
-    got = encode_folded(ours, *args)
+    got = encode_folded(view_of(ours), *args)
     low, truth = upstream(**inputs, **flags), upstream.double()(**inputs, **flags)
     upstream.to(BF16)
     kept = torch.ones(B, S, device=ours.device).bool() if mask is None or not skip else mask.bool()
@@ -80,7 +85,7 @@ def test_outputs(skip: bool, kind: str | None) -> None:
     got = assert_model(upstream, ours, inputs, skip)
     if skip and kind is not None:
         packing = packing_of(ours, inputs["attention_mask"], skip=True)
-        plain = encode(ours, packing, inputs["input_ids"], None, None, None, True, True)
+        plain = encode(view_of(ours), packing, inputs["input_ids"], None, None, None, True, True)
         for mine, other in zip((*got.hidden, *got.attentions), (*plain.hidden, *plain.attentions), strict=True):
             assert torch.equal(mine == 0, other == 0), "zeros are not where encode has them"
 
@@ -119,7 +124,7 @@ def test_compiled(dependent: bool) -> None:
 def test_first_tokens_only(layers: int) -> None:
     upstream, ours = pair(dtype=BF16, num_hidden_layers=layers)
     ids, mask = random_ids(B, S), ragged_mask(B, S, "right")
-    got = encode_folded(ours, packing_of(ours, mask, skip=True), ids, None, None, None, False, False, True)
+    got = encode_folded(view_of(ours), packing_of(ours, mask, skip=True), ids, None, None, None, False, False, True)
     low, truth = upstream(ids, mask), upstream.double()(ids, mask)
     assert got.last.shape == (B, 1, 32) and not got.hidden and not got.attentions
     assert_error_rule("first", [got.last[:, 0]], [low[0][:, 0]], [truth[0][:, 0]], BF16)
@@ -128,14 +133,14 @@ def test_first_tokens_only(layers: int) -> None:
 
 def test_what_was_not_asked_for_is_not_there() -> None:
     _, ours = pair(dtype=BF16, add_pooling_layer=False)
-    got = encode_folded(ours, packing_of(ours, None), random_ids(B, S), None, None, None, False, False)
+    got = encode_folded(view_of(ours), packing_of(ours, None), random_ids(B, S), None, None, None, False, False)
     assert got.last.shape == (B, S, 32) and got.pooled is None and not got.hidden and not got.attentions
 
 
 def test_weights_changed_in_place_are_read() -> None:
     """u and c belong to a forward: nothing is kept from the one before."""
     _, ours = pair(dtype=BF16)
-    args = ours, packing_of(ours, None), random_ids(B, S), None, None, None, False, False
+    args = view_of(ours), packing_of(ours, None), random_ids(B, S), None, None, None, False, False
     before = encode_folded(*args).last
     for change in ("attention.output.LayerNorm.weight", "output.LayerNorm.bias", "intermediate.dense.bias"):
         parameter = ours.encoder.layer[0].get_parameter(change)
@@ -163,8 +168,8 @@ def errors_on_minilm(minilm: tuple[Any, ...]) -> dict[str, float]:
     found = {}
     for form, (last, pooled) in {
         "eager": eager(**inputs).to_tuple()[:2],
-        "encode": outputs_of(encode(ours, packing, ids, types, None, None, False, False)),
-        "folded": outputs_of(encode_folded(ours, packing, ids, types, None, None, False, False)),
+        "encode": outputs_of(encode(view_of(ours), packing, ids, types, None, None, False, False)),
+        "folded": outputs_of(encode_folded(view_of(ours), packing, ids, types, None, None, False, False)),
     }.items():
         for name, mine, wanted in (("last", last[real], truth[0][real]), ("pooled", pooled, truth[1])):
             found[f"{form} {name}"] = ((mine.double() - wanted).norm() / wanted.norm()).item()
@@ -188,7 +193,7 @@ def test_error_rule_on_trained_weights(minilm: tuple[Any, ...]) -> None:
 def test_launchers_on_trained_weights(minilm: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """One short sentence: the kernels are no less accurate than their CPU bodies."""
     eager, ours, exact, _ = minilm
-    args = ours, packing_of(ours, None, *IDS.shape), IDS, None, None, None, False, False
+    args = view_of(ours), packing_of(ours, None, *IDS.shape), IDS, None, None, None, False, False
     wanted = exact(IDS)[0]
     reference = ((eager(IDS)[0].double() - wanted).norm() / wanted.norm()).item()
     interpreted(monkeypatch)
@@ -203,12 +208,12 @@ def test_it_is_off_until_measured() -> None:
     _, ours = pair(dtype=BF16)
     packing = packing_of(ours, None)
     for device in (CPU, CUDA):
-        assert folded_reason(ours, packing, BF16, device) == "LayerNorm is not folded here"
+        assert folded_reason(view_of(ours), packing, BF16, device) == "LayerNorm is not folded here"
     with folding(B * S):
-        assert folded_reason(ours, packing, BF16, CPU) is None
+        assert folded_reason(view_of(ours), packing, BF16, CPU) is None
         with folding(None):
-            assert folded_reason(ours, packing, BF16, CPU) == "LayerNorm is not folded here"
-    assert folded_reason(ours, packing, BF16, CPU) == "LayerNorm is not folded here"
+            assert folded_reason(view_of(ours), packing, BF16, CPU) == "LayerNorm is not folded here"
+    assert folded_reason(view_of(ours), packing, BF16, CPU) == "LayerNorm is not folded here"
 
 
 def test_the_entry_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,26 +221,26 @@ def test_the_entry_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folded, "FOLDED_FROM_ROWS", 1)
     capability = {"c": (9, 0)}
     monkeypatch.setattr("bert_fast.kernels.linear_to_stream.capability", lambda device: capability["c"])
-    assert folded_reason(ours, packing_of(ours, None), BF16, CPU) == "LayerNorm is not folded here"
-    assert folded_reason(ours, packing_of(ours, None), BF16, CUDA) is None
+    assert folded_reason(view_of(ours), packing_of(ours, None), BF16, CPU) == "LayerNorm is not folded here"
+    assert folded_reason(view_of(ours), packing_of(ours, None), BF16, CUDA) is None
     capability["c"] = (12, 0)
-    assert "compute capability 9.0 to 11.x" in str(folded_reason(ours, packing_of(ours, None), BF16, CUDA))
+    assert "compute capability 9.0 to 11.x" in str(folded_reason(view_of(ours), packing_of(ours, None), BF16, CUDA))
 
 
 def test_reasons() -> None:
     _, ours = pair(dtype=BF16)
     packing = packing_of(ours, None)
     with folding(B * S + 1):
-        assert folded_reason(ours, packing, BF16, CPU) == "33 rows: LayerNorm is folded from 34 on"
+        assert folded_reason(view_of(ours), packing, BF16, CPU) == "33 rows: LayerNorm is folded from 34 on"
     with folding(0):
-        assert folded_reason(ours, packing, BF16, CPU) is None
+        assert folded_reason(view_of(ours), packing, BF16, CPU) is None
         with torch.enable_grad():
-            assert folded_reason(ours, packing, BF16, CPU) == "LayerNorm is folded under no_grad only"
+            assert folded_reason(view_of(ours), packing, BF16, CPU) == "LayerNorm is folded under no_grad only"
         for dtype in (torch.float16, torch.float32):
-            assert folded_reason(ours, packing, dtype, CPU) == f"folded LayerNorm is for bfloat16, not {dtype}"
+            assert folded_reason(view_of(ours), packing, dtype, CPU) == f"folded LayerNorm is for bfloat16, not {dtype}"
         _, odd = pair(dtype=BF16, intermediate_size=36)
-        assert "(36, 32)" in str(folded_reason(odd, packing, BF16, CPU))
+        assert "(36, 32)" in str(folded_reason(view_of(odd), packing, BF16, CPU))
         weight = ours.encoder.layer[1].output.dense.weight
         moved = torch.empty(weight.numel() + 1, dtype=BF16)[1:].view_as(weight).copy_(weight)
         weight.data = moved
-        assert "is not made of 16-byte units" in str(folded_reason(ours, packing, BF16, CPU))
+        assert "is not made of 16-byte units" in str(folded_reason(view_of(ours), packing, BF16, CPU))

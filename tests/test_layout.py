@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"bert_fast.kernels": "kernels", "bert_fast": "bert_fast", "bench": "bench"}
+FOLDERS = {
+    "bert_fast.kernels": "kernels",
+    "bert_fast.families": "bert_fast/families",
+    "bert_fast": "bert_fast",
+    "bench": "bench",
+}
 STUB = '''
 from unittest.mock import MagicMock
 
@@ -48,7 +53,7 @@ def modules(package: str) -> dict[str, Path]:
     return {package if f.stem == "__init__" else f"{package}.{f.stem}": f for f in files}
 
 
-LIBRARY = modules("bert_fast.kernels") | modules("bert_fast")
+LIBRARY = modules("bert_fast.kernels") | modules("bert_fast.families") | modules("bert_fast")
 
 
 def imports(name: str, path: Path) -> Iterator[str]:
@@ -139,5 +144,6 @@ def test_wheel(tmp_path: Path) -> None:
     shipped = {n for n in names if ".dist-info/" not in n}
     data = {f"bert_fast/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.json")}
     files = {f"bert_fast/kernels/{f.name}" for f in modules("bert_fast.kernels").values()} | data
-    files |= {f"bert_fast/{f.name}" for f in modules("bert_fast").values()} | {"bert_fast/py.typed"}
+    files |= {str(f.relative_to(ROOT)) for f in (ROOT / "bert_fast").rglob("*.py") if "kernels" not in f.parts}
+    files |= {"bert_fast/py.typed"}
     assert shipped == files

@@ -1,0 +1,228 @@
+"""What a family of models is: where transformers keeps the parts that our ops read, and a view of one model's.
+
+A `Family` is written down once for an architecture (families/) by names. `view` follows the names in one model and
+gives the parts themselves; everything that computes (encoder.py, training.py, folded.py) sees views only, so that no
+line of it knows an architecture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class LayerNames(NamedTuple):
+    """Dotted paths of the parts of a layer. BERT's are the defaults."""
+
+    attention: str = "attention.self"  # whose forward attends; its query, key and value are named below it
+    query: str = "query"
+    key: str = "key"
+    value: str = "value"
+    attention_dense: str = "attention.output.dense"
+    attention_dropout: str | None = "attention.output.dropout"  # None: there is none
+    attention_norm: str = "attention.output.LayerNorm"
+    up: str = "intermediate.dense"
+    act: str = "intermediate.intermediate_act_fn"
+    down: str = "output.dense"
+    dropout: str = "output.dropout"
+    norm: str = "output.LayerNorm"
+
+
+class EmbeddingsView(NamedTuple):
+    """module: the embeddings; types: the table of token types or None; project: a dense after them or None.
+
+    positions(input_ids, inputs_embeds): the default positions (B, S) where they depend on the input, else None.
+    """
+
+    module: nn.Module
+    word: nn.Embedding
+    position: nn.Embedding
+    types: nn.Embedding | None
+    norm: nn.LayerNorm
+    dropout: nn.Dropout
+    project: nn.Linear | None
+    positions: Callable[[torch.Tensor | None, torch.Tensor | None], torch.Tensor] | None
+
+
+class LayerView(NamedTuple):
+    """The parts of one layer. scale: of the scores; dropout_owner: whose training flag the weights' dropout obeys."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    attention_dense: nn.Linear
+    attention_dropout: nn.Dropout | None
+    attention_norm: nn.LayerNorm
+    up: nn.Linear
+    act: nn.Module
+    down: nn.Linear
+    dropout: nn.Dropout
+    norm: nn.LayerNorm
+    attention: nn.Module
+    dropout_owner: nn.Module
+    heads: int
+    scale: float
+
+
+class ModelView(NamedTuple):
+    """The parts of one model; pooler: its dense, or None.
+
+    relative_bias(S): what the encoder adds to all scores, (1, heads, S, S), or None: nothing.
+    """
+
+    embeddings: EmbeddingsView
+    layers: list[LayerView]
+    pooler: nn.Linear | None
+    hidden: int
+    heads: int
+    relative_bias: Callable[[int], torch.Tensor] | None
+    uniform_empty: bool  # a sequence without a key has uniform weights (eager) rather than a context of zeros (sdpa)
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One architecture of transformers.
+
+    hf: its modeling file; model: its base model; outputs: what that returns. Classes by path: model_classes those of
+    the model's modules that only contain others, layer_classes those within a layer ("" the layer itself).
+    """
+
+    hf: ModuleType
+    model: type
+    outputs: type
+    embeddings_class: type
+    model_classes: dict[str, type]
+    layer_classes: dict[str, type]
+    pooler_class: type | None = None
+    names: LayerNames = field(default_factory=LayerNames)
+    layers: str = "encoder.layer"
+    heads: str = "num_attention_heads"  # attribute of the attention module
+    position_padding: bool = False  # positions count from a padding row of their table on, as RoBERTa's do
+    dropout_is_called: bool = False  # the weights' dropout is a module that is called, not one whose p is read
+    ids_before_embeds: bool = False  # given both, the embeddings take the ids, as DistilBERT's do
+    relative_positions: bool = False  # the encoder adds a bias to all scores (MPNet)
+    keeps_absent_pooler: bool = False  # the tuple of outputs has None where there is no pooler (MPNet)
+    fused: dict[type, type] = field(default_factory=dict)  # class of transformers -> what modules.py puts before it
+    first_token_heads: tuple[str, ...] = ()  # names of heads that read the first token only
+    other_heads: tuple[str, ...] = ()
+
+    @cached_property
+    def attention_class(self) -> type:
+        return self.layer_classes[self.names.attention]
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the model's arguments."""
+        return argument_names(self.model.forward)
+
+    @cached_property
+    def returns_cross_attentions(self) -> bool:
+        """An encoder asked for attentions returns an empty tuple of these too."""
+        return "cross_attentions" in (getattr(self.model, "_can_record_outputs", None) or {})
+
+    @cached_property
+    def attention_functions(self) -> tuple[Any, Any]:
+        """The functions that transformers' attention calls, as they were when first asked for."""
+        return self.current_attention_functions()
+
+    def current_attention_functions(self) -> tuple[Any, Any]:
+        hf = self.hf
+        registered = getattr(hf, "ALL_ATTENTION_FUNCTIONS", {})
+        return getattr(hf, "eager_attention_forward", None), registered.get("sdpa")
+
+    @cached_property
+    def forwards(self) -> dict[type, Any]:
+        """What a call of each class of a model runs, as imported."""
+        classes = {
+            *(self.embeddings_class, *self.model_classes.values(), *self.layer_classes.values()),
+            *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout),
+        }
+        classes |= set() if self.pooler_class is None else {self.pooler_class}
+        return {cls: cls.forward for cls in classes}
+
+    @cached_property
+    def _layers_of(self) -> Callable[[Any], Any]:
+        return attrgetter(self.layers)
+
+    def layers_of(self, model: nn.Module) -> nn.ModuleList:
+        return self._layers_of(model)
+
+    @cached_property
+    def _parts(self) -> tuple[Callable[[Any], Any] | None, ...]:
+        names = self.names
+        within = [f"{names.attention}.{name}" for name in names[1:4]]
+        return tuple(None if path is None else attrgetter(path) for path in (*within, *names[4:], names.attention))
+
+    def layer_view(self, layer: nn.Module) -> LayerView:
+        """Raises AttributeError where a part is missing."""
+        parts = [None if part is None else part(layer) for part in self._parts]
+        own = parts[-1]
+        owner = own.dropout if self.dropout_is_called else own
+        return LayerView(*parts, owner, getattr(own, self.heads), attention_scale(own))
+
+    def embeddings_view(self, model: nn.Module) -> EmbeddingsView:
+        module = model.embeddings
+
+        def positions(input_ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+            return self.positions(module, input_ids, embeds)
+
+        return EmbeddingsView(
+            module, module.word_embeddings, module.position_embeddings, getattr(module, "token_type_embeddings", None),
+            module.LayerNorm, module.dropout, getattr(model, "embeddings_project", None),
+            positions if self.position_padding else None,
+        )  # fmt: skip
+
+    def positions(
+        self, module: nn.Module, input_ids: torch.Tensor | None, embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """transformers' own default positions of a family with position_padding, (B, S)."""
+        if input_ids is None:
+            of_embeds = module.create_position_ids_from_inputs_embeds
+            args = (module.padding_idx,) if len(inspect.signature(of_embeds).parameters) == 2 else ()
+            return of_embeds(embeds, *args)
+        of_ids = getattr(module, "create_position_ids_from_input_ids", None)
+        return (of_ids or self.hf.create_position_ids_from_input_ids)(input_ids, module.padding_idx)
+
+    def view(self, model: nn.Module) -> ModelView:
+        """The parts of a model whose modules are plain."""
+        layers = [self.layer_view(layer) for layer in self.layers_of(model)]
+        pooler = getattr(model, "pooler", None)
+        return ModelView(
+            self.embeddings_view(model), layers, None if pooler is None else pooler.dense,
+            layers[0].norm.weight.shape[0], layers[0].heads,
+            relative_bias(model.encoder) if self.relative_positions else None,
+            model.config._attn_implementation == "eager",
+        )  # fmt: skip
+
+
+def relative_bias(encoder: nn.Module) -> Callable[[int], torch.Tensor]:
+    """MPNetEncoder's own bias of the scores, for one sequence of a length."""
+
+    def of_length(S: int) -> torch.Tensor:
+        return encoder.compute_position_bias(encoder.relative_attention_bias.weight.new_empty(1, S, 0))
+
+    return of_length
+
+
+def attention_scale(own: nn.Module) -> float:
+    """Factor of the scores: where a module does not say, 1 / sqrt(head_dim)."""
+    return getattr(own, "scaling", own.attention_head_size**-0.5)
+
+
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a forward's arguments, in order, without self and **kwargs."""
+    found = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+
+
+def family_of(model: nn.Module) -> Family:
+    """Of one of our models or modules (or a class made of one at run time)."""
+    return type(model)._family
