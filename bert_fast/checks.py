@@ -85,27 +85,26 @@ def check_inputs(
             f"(B, S, {word.shape[1]}) {word.dtype} on {word.device}"
         )
     table = embeddings.position.weight.shape[0]
-    if position_ids is None and embeddings.positions is not None:
-        if word.is_cpu:
-            counted = embeddings.positions(input_ids, inputs_embeds)
-            _check_index("position_ids counted from input_ids", counted, table, "position_embeddings", IndexError)
-    elif position_ids is None:
-        longest = embeddings.module.position_ids.shape[1]
-        if S > longest:
-            raise RuntimeError(
-                f"input length S is {S}, expected at most {longest} (max_position_embeddings) where no position_ids "
-                "are given"
-            )
-    else:
+    # token types that are not given, transformers looks up by position first, and that gather raises RuntimeError
+    types_by_position = token_type_ids is None and embeddings.types is not None
+    error = RuntimeError if types_by_position else IndexError
+    if position_ids is not None:
         _check_ids("position_ids", position_ids, B, S, word.device)
-        if token_type_ids is None and tuple(position_ids.shape) not in ((1, S), (B, S)):
+        if types_by_position and tuple(position_ids.shape) not in ((1, S), (B, S)):
             raise RuntimeError(
                 f"position_ids has shape {tuple(position_ids.shape)}, expected (1, {S}) or ({B}, {S}) where no "
                 "token_type_ids are given"
             )
-        # without token types, transformers looks them up by position first and that gather raises RuntimeError
-        error = RuntimeError if token_type_ids is None else IndexError
         _check_index("position_ids", position_ids, table, "position_embeddings", error)
+    elif embeddings.positions is not None:
+        if word.is_cpu:
+            counted = embeddings.positions(input_ids, inputs_embeds)
+            _check_index("position_ids counted from input_ids", counted, table, "position_embeddings", error)
+    elif S > (longest := embeddings.module.position_ids.shape[1]):
+        raise RuntimeError(
+            f"input length S is {S}, expected at most {longest} (max_position_embeddings) where no position_ids "
+            "are given"
+        )
     if token_type_ids is not None:
         _check_ids("token_type_ids", token_type_ids, B, S, word.device)
         types = embeddings.types.weight.shape[0]

@@ -117,7 +117,8 @@ def _encode(
         rows = _to_padded(rows, p) if to_tokens else rows
     if want_hidden:
         rows = handed_out(rows)
-    rows = rows.to(view.embeddings.word.weight.dtype)  # under autocast a projection's result is half
+    if device.type != "cpu":  # a projection's result is half under autocast; CUDA's LayerNorm makes it fp32 again
+        rows = rows.to(view.embeddings.word.weight.dtype)
     for i, layer in enumerate(layers):
         is_last, site = i + 1 == len(layers), 1 + 3 * i
         plan = AttendPlan(p, layer.heads, layer.scale, view.uniform_empty, dropout(site), dtype)

@@ -23,20 +23,23 @@ def _counters(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor,
 
 @contextlib.contextmanager
 def our_dropout(
-    monkeypatch, mask: torch.Tensor | None = None, per_module: bool = False, layers: int = 2
+    monkeypatch, mask: torch.Tensor | None = None, per_module: bool = False, layers: int = 2, places: int = 3
 ) -> Iterator[None]:
     """Within, torch's dropout of an eager transformers BERT keeps what ours keeps after the same manual_seed.
 
     mask: (B, S) attention mask of an encoder-tier call: the weights' counters go by packed rows. per_module: as in the
-    module tier, where every module draws a seed of its own and rows are tokens.
+    module tier, where every module draws a seed of its own and rows are tokens. places: dropouts of a layer; 2: of the
+    weights and of the layer's output.
     """
     seed, site = None, 0
 
     def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         nonlocal seed, site
         here, site = site, site + 1
-        if here > 3 * layers:  # a head's own dropout, behind the model: torch draws for both
+        if here > places * layers:  # a head's own dropout, behind the model: torch draws for both
             return original(x, p, training, inplace)
+        if places == 2 and here:
+            here = 1 + 3 * ((here - 1) // 2) + 2 * ((here - 1) % 2)
         if not training or not p:
             return x
         if seed is None or per_module:
