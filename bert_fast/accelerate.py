@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TypeVar
 
 from torch import nn
@@ -31,6 +33,8 @@ def accelerate(model: Model, padding: str = "auto") -> Model:
     """
     check_padding(padding)
     root = _root(model)
+    if "sentence_transformers" in sys.modules:
+        importlib.import_module("bert_fast.sentences")
     swap_classes(root)
     for module in fast_modules(root):
         module._padding = padding
@@ -39,9 +43,8 @@ def accelerate(model: Model, padding: str = "auto") -> Model:
 
 def restore(model: Model) -> Model:
     """Undo `accelerate`: every module gets transformers' own class again, in place; returns the same object."""
-    for module in _root(model).modules():
-        upstream = UPSTREAM.get(type(module))
-        if upstream is not None:
-            module.__dict__.pop("_padding", None)
-            module.__class__ = upstream
+    root = _root(model)
+    for module in fast_modules(root):
+        module.__dict__.pop("_padding", None)
+    swap_classes(root, UPSTREAM)
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -218,11 +219,15 @@ def _register_captures(module: nn.Module) -> None:
         output_capturing._CAN_RECORD_REGISTRY[key] = module._can_record_outputs
 
 
-def swap_classes(model: nn.Module) -> None:
-    """Give every module of an exact transformers class in SWAPS our subclass of it, in place."""
+def swap_classes(model: nn.Module, classes: dict[type, type] = SWAPS) -> None:
+    """Give every module of an exact class in `classes` the one that stands for it there, in place."""
     for module in model.modules():
-        ours = SWAPS.get(type(module))
-        if ours is not None:
-            module.__class__ = ours
-            if isinstance(module, PreTrainedModel):
-                _register_captures(module)
+        old, new = type(module), classes.get(type(module))
+        if new is None:
+            continue
+        module.__class__ = new
+        if isinstance(module, PreTrainedModel):
+            _register_captures(module)
+        for name in ("forward", "_old_forward"):  # accelerate's hooks keep the method they found, and leave it there
+            if getattr(module.__dict__.get(name), "__func__", None) is old.forward:
+                setattr(module, name, MethodType(new.forward, module))

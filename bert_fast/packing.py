@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +20,28 @@ def check_padding(padding: str) -> str:
     return padding
 
 
+_real_tokens_only: ContextVar[bool] = ContextVar("bert_fast_real_tokens_only", default=False)
+
+
+@contextlib.contextmanager
+def only_real_tokens_are_read(so: bool) -> Iterator[None]:
+    """Within, in this thread: whoever calls a model reads no padding position of its last_hidden_state."""
+    before = _real_tokens_only.set(so)
+    try:
+        yield
+    finally:
+        _real_tokens_only.reset(before)
+
+
 def resolve_padding(padding: str, first_token_only: bool, returns_positions: bool) -> str:
     """"exact" or "skip" for one call.
 
-    first_token_only: a head reads nothing but the pooler; returns_positions: hidden states or attentions leave the
-    model too. "auto" skips only where nobody can see the difference.
+    first_token_only: a head reads nothing else; returns_positions: hidden states or attentions leave the model too.
+    "auto" skips only where nobody can see the difference.
     """
     if padding == "auto":
-        return "skip" if first_token_only and not returns_positions else "exact"
+        unseen = first_token_only or _real_tokens_only.get()
+        return "skip" if unseen and not returns_positions else "exact"
     return padding
 
 

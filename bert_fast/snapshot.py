@@ -5,7 +5,7 @@ both, and the CUDA graphs of its evaluation.
 
 A snapshot is taken after a walk that found every module plain. `holds` then compares, in passes that run in C over
 lists prepared once, everything the walk reads that can change between two calls: the tree of modules and their types,
-the number of their attributes (an instance's `forward` is one more), training flags, hooks, the address of every
+the number of their attributes (an instance's `forward` is one more), training flags, hooks, type and address of every
 parameter and of the embeddings' buffers, sizes and constants, the config, and the class attributes that a call would
 run. Where it does not hold, the walk runs again. CUDA graphs (graphs.py) live as long as their snapshot: an address
 that has moved ends both.
@@ -15,8 +15,7 @@ Blind spots, in which a fresh walk would see what this does not:
   dtype is compared, so that casts of the whole model are seen);
 - an attribute deleted and another added on the same module between two calls;
 - a hook put into a module's dict of hooks by hand: hooks are looked at after any `register_...hook` in the process;
-- the dict itself of `_modules`, `_parameters` or `_buffers` exchanged for another one;
-- a Parameter's `__class__` changed in place.
+- the dict itself of `_modules`, `_parameters` or `_buffers` exchanged for another one.
 A submodule that refers back to its model keeps the snapshot, and with it the model, alive.
 """
 
@@ -112,7 +111,7 @@ class Snapshot:
                 names = tuple(name for name in (*_NUMBERS, family.heads) if name in m.__dict__)
                 dicts_of.setdefault(names, []).append(m.__dict__)
         self._constants: list[tuple[Any, list[dict[str, Any]], list[Any]]] = []
-        self._addresses: list[int] | None = None
+        self._addresses: list[Any] | None = None
         try:
             for names, dicts in dicts_of.items():
                 if names:
@@ -122,8 +121,9 @@ class Snapshot:
         except _UNREADABLE:  # walk at every call
             pass
 
-    def _read_addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, map(getitem, *self._tensors)))
+    def _read_addresses(self) -> list[Any]:
+        tensors = list(map(getitem, *self._tensors))
+        return [*map(type, tensors), *map(torch.Tensor.data_ptr, tensors)]
 
     def _read_hooks(self) -> list[Any]:
         return _flat(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))

@@ -73,7 +73,8 @@ def _hook_reason(module: nn.Module) -> str | None:
         return "has a forward pre-hook"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has a backward hook"
-    if "forward" in module.__dict__:
+    own = module.__dict__.get("forward")  # of the instance: somebody's, or its class's own put back
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return "has a replaced forward"
     return None
 
