@@ -1,4 +1,4 @@
-"""`python -m bench model | kernels | tune | compare | report | aot`."""
+"""`python -m bench model | kernels | tune | finetune | sentences | compare | report | aot`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "kernels": "each op at BERT's shapes against torch, with its share of the machine's measured ceiling",
     "tune": "search tiles on this GPU and write them into its table in kernels/",
     "finetune": "a fine-tune of transformers' class and of bert_fast's: loss curves, accuracy, time of a step",
+    "sentences": "sentence-transformers' encode and a transformers pipeline, before and after bert_fast.accelerate",
     "compare": "two records of one machine: what got faster, what got slower",
     "report": "records as one HTML page with plots, and the plots as PNG",
     "aot": "compile every kernel config for GPUs that are not here: registers, spills, shared memory",

@@ -83,14 +83,15 @@ def timed_table(record: Record) -> str:
     names = dict.fromkeys(n for r in record["rows"] for n in r["ms"])
     order = [OURS, *(n for n in names if n != OURS)]
     kernels = record["kind"] == "kernels"
-    unit, factor = ("µs", 1e3) if kernels else ("ms", 1.0)
-    head = ["workload", "speed-up", *(f"{n} {unit}" for n in order), "rate", "of ceiling"]
+    time_unit, factor = ("µs", 1e3) if kernels else ("ms", 1.0)
+    head = ["workload", "speed-up", *(f"{n} {time_unit}" for n in order), "rate", "of ceiling"]
     rows = []
     for r in record["rows"]:
         gain = "failed" if not r["ok"] else f"{r['speed_up']:.2f}x" if r["speed_up"] else "-"
         line = [escape(r["workload"]), gain, *(time_cell(r, n, factor) for n in order)]
         of_bytes = kernels and r["bound"] == "copy"
-        rate = [quantity(r["rate"], "B/s" if of_bytes else "FLOP/s"), f"{r['share']:.0%}"] if r["ok"] else ["-", "-"]
+        unit = "B/s" if of_bytes else record.get("unit", "FLOP/s")
+        rate = [quantity(r["rate"], unit) if r["ok"] else "-", f"{r['share']:.0%}" if r["ok"] and r["share"] else "-"]
         rows.append(line + rate)
     return table(head, rows)
 
