@@ -99,6 +99,24 @@ def test_models_inside_a_module_of_somebodys_own() -> None:
         assert_close_fp32(towers(ids), wanted)
 
 
+def test_encoder_and_decoder() -> None:
+    """transformers' EncoderDecoderModel: the encoder is fused, the decoder transformers' own, generation works."""
+    _, encoder = upstream_pair()
+    config = tiny_config(is_decoder=True, add_cross_attention=True)
+    decoder = transformers.BertLMHeadModel(config).eval()
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    model.config.decoder_start_token_id, model.config.pad_token_id = 2, 0
+    inputs = model_inputs(kind="right")
+    with torch.no_grad():
+        wanted = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :4]).logits
+        settings = dict(max_new_tokens=5, do_sample=False, decoder_start_token_id=2, pad_token_id=0, eos_token_id=None)
+        tokens = model.generate(**inputs, **settings)
+        bert_fast.accelerate(model)
+        assert_tier(model.encoder, inputs, "encoder")
+        assert_close_fp32(model(**inputs, decoder_input_ids=inputs["input_ids"][:, :4]).logits, wanted)
+        assert model.generate(**inputs, **settings).tolist() == tokens.tolist()
+
+
 def test_a_layer_alone() -> None:
     upstream, _ = pair()
     x = torch.randn(2, 5, 32)

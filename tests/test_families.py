@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bert_fast
+from bert_fast import direct
 
 PAD = 1
 SIZES = dict(
@@ -262,7 +263,7 @@ def test_skip(family: str) -> None:
 
 @pytest.mark.parametrize("family", HEADS)
 @pytest.mark.parametrize("task", TASKS)
-def test_heads(family: str, task: str) -> None:
+def test_heads(family: str, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, logits and gradients; classification skips padding by itself unless somebody could see it."""
     changes = {"num_labels": 2} if task == "ForQuestionAnswering" else {}
     upstream, ours = pair(family, cls=HEADS[family] + task, **changes)
@@ -276,8 +277,12 @@ def test_heads(family: str, task: str) -> None:
     skips = task == "ForSequenceClassification" and family != "mpnet"
     assert told.padding == ("skip" if skips else "exact")
     assert bert_fast.explain(ours, **inputs, output_attentions=True).padding == "exact"
+    skipped: list[bool] = []
+    make_packing = direct.make_packing
+    monkeypatch.setattr(direct, "make_packing", lambda *a: skipped.append(a[4]) or make_packing(*a))
     for model in (upstream, ours):
         model(**inputs).loss.backward()
+    assert skipped == [skips]
     assert_close_fp32(ours(**inputs), upstream(**inputs))
     assert_gradients_close(ours, upstream, 1e-4)
     with torch.no_grad():
