@@ -15,6 +15,7 @@ import torch
 from bert_fast.kernels import configs
 from bert_fast.kernels.activation import KERNEL_NAME
 from bert_fast.kernels.attention import attention_triton
+from bert_fast.kernels.attention_heads import attention_heads_triton
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm_triton
 from bert_fast.kernels.first_rows import first_rows_triton
 from bert_fast.kernels.first_token_attention import first_token_attention_triton
@@ -150,6 +151,22 @@ def attention(dtype: str, D: int, probs: bool, bias: str = "", S: int = 128, uni
     return Call("attention_probs" if probs else "attention", dtype, shape, run)
 
 
+def attention_heads(
+    dtype: str, D: int, probs: bool, mask: str = "", S: int = 128, heads: int = 12, p: float = 0.0
+) -> Call:
+    """On views as transformers hands them; S: of the queries, of 128 keys."""
+
+    def run() -> None:
+        B, H, keys = 4, 12, 128
+        q, k = (empty(B, n, h, D, dtype=DTYPES[dtype]).transpose(1, 2) for n, h in ((S, H), (keys, heads)))
+        given = {"keep": empty(B, 1, S, keys, dtype=torch.bool), "add": q.new_empty(B, 1, S, keys)}.get(mask)
+        seed = empty(1, dtype=torch.int64) if p else None
+        attention_heads_triton(q, k, k, given, mask == "causal", D**-0.5, probs, seed, 0, p)
+
+    shape = f"D={D} S={S}{' probs' * probs}{' ' * bool(mask)}{mask}{' grouped' * (heads < 12)}{' dropout' * (p > 0)}"
+    return Call("attention_heads", dtype, shape, run)
+
+
 def first_token_attention(dtype: str, D: int, uniform: bool = False) -> Call:
     def run() -> None:
         B, S, H = 4, 128, 12
@@ -243,6 +260,16 @@ def calls() -> Iterator[Call]:
         yield from (attention("bf16", D, probs, "full", S=33) for D in (64, 32))
         yield attention("bf16", 64, probs, S=1)
         yield attention("bf16", 64, probs, uniform=True)
+    for mask, probs, D in itertools.product(("", "keep", "add", "causal"), (False, True), (64, 128)):
+        yield attention_heads("bf16", D, probs, mask)
+    for mask, probs, D in itertools.product(("", "keep"), (False, True), (64, 128)):
+        yield attention_heads("bf16", D, probs, mask, p=0.1)
+        yield attention_heads("fp32", D, probs, mask)
+    for mask, D in itertools.product(("keep", "causal"), (64, 128)):
+        yield attention_heads("fp16", D, True, mask, heads=4)
+        yield attention_heads("tf32", D, False, mask, heads=4)
+    yield from (attention_heads("bf16", D, probs, "keep") for D, probs in itertools.product((32, 80), (False, True)))
+    yield attention_heads("bf16", 128, False, "", S=1, heads=4)  # one token of a generation
     for dtype, D in itertools.product(("bf16", "fp16", "fp32"), (64, 32, 128, 20)):
         yield first_token_attention(dtype, D)
     yield first_token_attention("bf16", 64, uniform=True)

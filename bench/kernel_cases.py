@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bert_fast.kernels.pack import pack
 
 OPS = ("pack", "embed_layer_norm", "qkv_linear", "attention", "linear", "residual_layer_norm", "linear_layer_norm")
-OPS += ("linear_gelu", "gelu_layer_norm", "first_rows", "first_token_attention", "pool")
+OPS += ("linear_gelu", "gelu_layer_norm", "first_rows", "first_token_attention", "attention_heads", "pool")
 FOLDED_OPS = ("fold_vectors", "linear_to_stream", "folded_linear", "normalise")  # cases in folded_cases.py
 TRAINING_OPS = ("linear_gelu_pre", "attention_backward", "grad_input", "grad_input_act", "grad_weight")
 TRAINING_OPS += ("grad_activation", "residual_layer_norm_backward", "gelu_layer_norm_backward")
@@ -120,6 +120,8 @@ def cases(op: str, s: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
             yield Case(op, f"{s.name} {K}->{n * N}", args, moved, 2 * n * T * N * K, {"torch": peer})
     elif op == "attention":
         yield from attention_cases(s, device, dtype, rand)
+    elif op == "attention_heads":
+        yield from attention_heads_cases(s, device, dtype, rand)
     elif op == "pack":  # the mask read, token, cu_seqlens, kv_len and prefix written
         mask = ragged_mask(s, device)
         yield Case(op, f"{s.name} ragged", (mask, True), T * 8 + 4 * (T + 3 * s.batch + 1))
@@ -227,3 +229,32 @@ def attention_cases(s: Shape, device: torch.device, dtype: torch.dtype, rand: Ca
         args = (qkv, None, *pack(mask, True), s.heads, scale, probs, False)
         moved = e * (4 * n * H + (B * s.heads * S * S if probs else 0))
         yield Case("attention", s.name + name, args, moved, 4 * H * pairs, peers, n if mask is ragged else None)
+
+
+def attention_heads_cases(s: Shape, device: torch.device, dtype: torch.dtype, rand: Callable) -> Iterator[Case]:
+    """On views (B, S, heads, D) turned, as transformers' models hand them. e (3 + 1) B S H bytes, with probabilities
+    e B heads S S more, a bool mask B S S; 4 B S S H FLOP, (S + 1) / 2 S of them where causal."""
+    B, S, H, e = s.batch, s.seq, s.hidden, dtype.itemsize
+    q, k, v = (rand(B, S, s.heads, H // s.heads).transpose(1, 2) for _ in range(3))
+    keep = ragged_mask(s, device).bool()[:, None, None].expand(B, 1, S, S).contiguous()
+    for name, mask, probs in (
+        ("", None, False),
+        (" causal", None, False),
+        (" masked", keep, False),
+        (" probs", None, True),
+    ):
+        causal = name == " causal"
+
+        def sdpa(mask=mask, causal=causal) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).contiguous()
+
+        def eager() -> tuple[torch.Tensor, torch.Tensor]:
+            p = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, -1)
+            return (p @ v).transpose(1, 2).contiguous(), p
+
+        args = (q, k, v, mask, causal, q.shape[3] ** -0.5, probs)
+        moved = e * (4 * B * S * H + (B * s.heads * S * S if probs else 0)) + (B * S * S if mask is not None else 0)
+        pairs = B * S * (S + 1) / 2 if causal else B * S * S
+        yield Case(
+            "attention_heads", s.name + name, args, moved, 4 * H * pairs, {"torch": eager} if probs else {"sdpa": sdpa}
+        )

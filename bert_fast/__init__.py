@@ -16,6 +16,7 @@ from transformers import (
     XLMRobertaPreTrainedModel,
 )
 
+from bert_fast import attention_interface  # noqa: F401  registers attn_implementation="bert_fast"
 from bert_fast.accelerate import accelerate, restore
 from bert_fast.explain import Explanation, explain
 from bert_fast.families.bert import (

@@ -81,6 +81,7 @@ T, K, N, H, B, S = 6, 8, 12, 2, 2, 3  # T = B * S
 ROWS = 4  # of T, where rows are counted on the device
 OPS = ("pack", "linear", "linear_gelu", "linear_gelu_pre", "qkv_linear", "attention", "residual_layer_norm")
 OPS += ("gelu_layer_norm", "embed_layer_norm", "pool", "linear_layer_norm", "first_rows", "first_token_attention")
+OPS += ("attention_heads",)
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])  # skip makes 5 rows of it
 ONES = torch.ones(B, S)
 
@@ -99,6 +100,7 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
     ids, types, positions = torch.tensor([[4, 0, 9], [1, 1, 3]]), torch.tensor([[0, 1, 1]] * 2), torch.arange(S)
     tables = leaf(10, K), leaf(2, K), leaf(S, K)
     index, seed = (types, positions.expand(B, S)), torch.tensor([2**40 + 7])
+    heads = [leaf(B, S, H, 4, seed=i).transpose(1, 2).detach().requires_grad_() for i in range(3)]
     return {
         "pack": {
             "exact": (MASK, False, None),
@@ -161,6 +163,12 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
         "first_token_attention": {
             "exact": (leaf(B, H * 4), leaf(T, 2 * H * 4), *full[1:3], H, 0.5, False),
             "skip": (leaf(B, H * 4), leaf(T, 2 * H * 4), *skip[1:3], H, 0.5, True),
+        },
+        "attention_heads": {
+            "plain": (leaf(B, H, S, 4), leaf(B, 1, 5, 4), leaf(B, 1, 5, 4, seed=1), None, False, 0.5, False),
+            "causal": (*heads, None, True, 0.5, True),
+            "keep": (*heads, MASK.bool()[:, None, None], False, 0.5, True),
+            "dropout": (*heads, leaf(1, H, S, 1), False, 0.5, False, seed, 3, 0.4),
         },
         "first_rows": {"skip": (x, skip[0], *skip[1:3]), "exact": (x, full[0], *full[1:3])},
     }[op]

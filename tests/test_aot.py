@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 OPS = (
     "attention",
+    "attention_heads",
     "attention_probs",
     "embed_layer_norm",
     "first_rows",

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from heads_cases import assert_heads, heads_args, masks
 from kernel_cases import (
     CASES,
     DIFFERENTIABLE,
@@ -154,6 +155,18 @@ def test_attention_large(name: str, probs: bool, dtype: torch.dtype) -> None:
     qkv = normal(B * S, 3 * HIDDEN, dtype=dtype)
     qkv[int(cu_seqlens[-1]) :] = NAN
     assert_attention(name, (qkv, None, token, cu_seqlens, kv_len, prefix, HEADS, 0.125, probs, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "causal", "keep, of all heads", "add to keys"])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_heads(name: str, kind: str, dtype: torch.dtype) -> None:
+    """Grouped heads, unequal lengths, both classes of head_dim; a token of a generation; dropout and probabilities."""
+    for B, H, group, Sq, Skv, D in ((2, 4, 2, 130, 150, 64), (2, 4, 4, 70, 70, 80), (3, 8, 4, 1, 300, 128)):
+        mask = masks(B, H, Sq, Skv, dtype).get(kind)
+        for probs, p in ((False, 0.0), (True, 0.0), (True, 0.3)):
+            args = heads_args(B, H, group, Sq, Skv, D, dtype, mask, kind == "causal", probs, p)
+            assert_heads(name, move(args, DEVICE), None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
