@@ -42,7 +42,10 @@ def accelerate(model: Model, padding: str = "auto") -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo `accelerate`: every module gets transformers' own class again, in place; returns the same object."""
+    """Undo `accelerate`: every module gets transformers' own class again, in place; returns the same object.
+
+    Not while another thread is inside a call of the model.
+    """
     root = _root(model)
     for module in fast_modules(root):
         module.__dict__.pop("_padding", None)

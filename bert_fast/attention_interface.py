@@ -139,7 +139,7 @@ def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(
         asked
         or (collected and any("attentions" in key for key in collected))
-        or not all(map(is_capture_hook, module._forward_hooks.values()))
+        or not all(map(is_capture_hook, list(module._forward_hooks.values())))
     )
 
 

@@ -84,7 +84,7 @@ class ModelView(NamedTuple):
     hidden: int
     heads: int
     relative_bias: Callable[[int], torch.Tensor] | None
-    uniform_empty: bool  # a sequence without a key has uniform weights (eager) rather than a context of zeros (sdpa)
+    uniform_empty: bool  # a sequence without a key has uniform weights (as eager's), not a context of zeros (sdpa)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ class Family:
             self.embeddings_view(model), layers, None if pooler is None else pooler.dense,
             layers[0].norm.weight.shape[0], layers[0].heads,
             relative_bias(model.encoder) if self.relative_positions else None,
-            model.config._attn_implementation == "eager",
+            model.config._attn_implementation != "sdpa",
         )  # fmt: skip
 
 

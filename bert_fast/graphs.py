@@ -236,7 +236,7 @@ class ModelGraphs:
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
+        return sum(entry.nbytes for entry in list(self.entries.values()))  # doctor reads it without the lock
 
     def is_due(self, key: Key) -> bool:
         """True on the second sighting of a bucket; after evictions on the 4th, 8th..., so that capturing stays rare

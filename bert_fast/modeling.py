@@ -21,7 +21,7 @@ from bert_fast import graphs, snapshot
 from bert_fast.checks import check_inputs, check_one_of
 from bert_fast.direct import run_directly
 from bert_fast.family import Family, argument_names, family_of
-from bert_fast.outputs import SELECTS_HIDDEN_STATES, make_outputs
+from bert_fast.outputs import make_outputs
 from bert_fast.packing import check_padding, resolve_padding
 from bert_fast.tiers import (
     autocast_reason,
@@ -152,10 +152,19 @@ def make_call(
     return graphs.Call(B, S, *tensors.values(), skip, hidden_states, attentions, first_tokens)
 
 
+@torch.compiler.assume_constant_result
+def _install_capture_hooks(model: nn.Module) -> None:
+    """transformers installs them in the first call that asks for outputs, under a lock that a compiler cannot trace;
+    this one it runs while it traces."""
+    output_capturing.maybe_install_capturing_hooks(model)
+
+
 def fused_forward(model: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of every base model. upstream: transformers' own, bound to the model."""
     first_token_only = kwargs.pop(FIRST_TOKEN_ONLY, False)
     if torch.compiler.is_compiling():  # before anything that a compiler would have to trace
+        if any(output_flags(model, kwargs)):
+            _install_capture_hooks(model)
         return upstream(*args, **kwargs)
     family = family_of(model)
     split = split_arguments(family, args, kwargs)
@@ -177,8 +186,9 @@ def fused_forward(model: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict
 
 def _first_token_forward(head: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     base = head.base_model
-    unseen = type(base) in UPSTREAM and not base._forward_hooks and not base._forward_pre_hooks
-    if unseen and type(base).forward is type(base)._fused and "forward" not in base.__dict__:
+    cls = type(base)
+    unseen = cls in UPSTREAM and not base._forward_hooks and not base._forward_pre_hooks
+    if unseen and cls.forward is cls._fused and "forward" not in base.__dict__:
         kwargs[FIRST_TOKEN_ONLY] = True
     return upstream(*args, **kwargs)
 
@@ -212,11 +222,11 @@ def derive(family: Family, home: str) -> dict[str, type]:
     return {upstream.__name__: _derived(mixin, upstream, family, home) for upstream, mixin in mixins.items()}
 
 
-def _register_captures(module: nn.Module) -> None:
-    """transformers looks the outputs to capture up by class."""
+def _register_captures(module: nn.Module, cls: type) -> None:
+    """transformers looks the outputs to capture up by the name of a class, here of the one that `module` will have."""
     if hasattr(module, "_can_record_outputs"):
-        key = module if SELECTS_HIDDEN_STATES else str(type(module))
-        output_capturing._CAN_RECORD_REGISTRY[key] = module._can_record_outputs
+        # past its own __setitem__: after 5.17 that one takes a model of the class, and there is none yet
+        dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(cls), module._can_record_outputs)
 
 
 def swap_classes(model: nn.Module, classes: dict[type, type] = SWAPS) -> None:
@@ -225,9 +235,9 @@ def swap_classes(model: nn.Module, classes: dict[type, type] = SWAPS) -> None:
         old, new = type(module), classes.get(type(module))
         if new is None:
             continue
-        module.__class__ = new
         if isinstance(module, PreTrainedModel):
-            _register_captures(module)
+            _register_captures(module, new)  # before another thread can call it
+        module.__class__ = new
         for name in ("forward", "_old_forward"):  # accelerate's hooks keep the method they found, and leave it there
             if getattr(module.__dict__.get(name), "__func__", None) is old.forward:
                 setattr(module, name, MethodType(new.forward, module))

@@ -189,7 +189,7 @@ def self_attention(
 ) -> Attended | None:  # fmt: skip
     """(context, weights or None) of a self-attention on our ops, None where it is not for them.
 
-    want_probs: the call asked for weights; a hook on an eager module sees them too, as upstream's does.
+    want_probs: the call asked for weights; a hook on a module that is not sdpa's sees them too, as upstream's does.
     """
     if self_attention_reason(module) is not None or past is not None or kwargs.get("is_causal"):
         return None
@@ -207,8 +207,8 @@ def self_attention(
             return None
         if mask.stride(2) == 0:  # one row of keys for all queries
             mask = mask[:, :, :1]
-    eager, device = module.config._attn_implementation == "eager", hidden.device
-    want_probs = want_probs or (eager and not all(map(is_capture_hook, module._forward_hooks.values())))
+    like_eager, device = module.config._attn_implementation != "sdpa", hidden.device
+    want_probs = want_probs or (like_eager and not all(map(is_capture_hook, list(module._forward_hooks.values()))))
     dtype = compute_dtype(device.type, like.dtype)
     if projections_reason(module) is None:
         qkv = None
@@ -222,9 +222,9 @@ def self_attention(
         if qkv is None:
             rows = hidden.reshape(B * S, -1).to(dtype)
             qkv = qkv_linear(rows, *(x.to(dtype) for x in projections(*projection_parts(module).values())), None)
-        packing = make_packing(mask, B, S, device, False, eager)
+        packing = make_packing(mask, B, S, device, False, like_eager)
         dropout = _dropout(dropout_rate(module, module.dropout), device)
-        plan = AttendPlan(packing, heads, attention_scale(module), eager, dropout, dtype)
+        plan = AttendPlan(packing, heads, attention_scale(module), like_eager, dropout, dtype)
         context, probs, _ = attended(plan, qkv, packing.bias, want_probs)
         if want_probs:
             probs = probs.to(attentions_dtype(device.type, hidden.dtype, dtype, mask is not None))

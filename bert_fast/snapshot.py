@@ -172,7 +172,8 @@ def held(model: nn.Module) -> Snapshot | None:
 
 def snapshots() -> list[tuple[nn.Module, Snapshot]]:
     """Every snapshot of a model alive."""
-    return [(model, snapshot) for model, both in list(_snapshots.items()) for snapshot in list(both.values())]
+    models = [model for ref in _snapshots.keyrefs() if (model := ref()) is not None]  # items() is not for threads
+    return [(model, snapshot) for model in models for snapshot in list(_snapshots.get(model, {}).values())]
 
 
 def take(model: nn.Module) -> Snapshot:

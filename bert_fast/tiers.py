@@ -25,7 +25,7 @@ from bert_fast.kernels.runtime import unsupported_reason
 logger = logging.getLogger("bert_fast")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "bert_fast")
 # arguments of forward that our path understands or that transformers' BERT ignores
 NEUTRAL_KWARGS = {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"}
 
@@ -66,7 +66,7 @@ def is_capture_hook(hook: Any) -> bool:
 
 def _hook_reason(module: nn.Module) -> str | None:
     if module._forward_hooks:
-        for hook in module._forward_hooks.values():
+        for hook in list(module._forward_hooks.values()):  # another thread may register one meanwhile
             if not is_capture_hook(hook):
                 return "has a forward hook"
     if module._forward_pre_hooks:

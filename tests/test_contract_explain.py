@@ -1,5 +1,7 @@
 """`explain` states the tier that really runs, and why; its table and its object agree."""
 
+import functools
+
 import pytest
 import torch
 from helpers import CLASSES, assert_close_fp32, assert_tier, head_inputs, model_inputs, pair
@@ -47,7 +49,10 @@ SITUATIONS = {
         lambda m: setattr(m.encoder.layer[0].intermediate, "intermediate_act_fn", torch.nn.Softplus().eval()),
         "activation|softplus|act_fn",
     ),
-    "an instance's forward": (lambda m: setattr(m.encoder.layer[0], "forward", m.encoder.layer[0].forward), "forward"),
+    "an instance's forward": (
+        lambda m: setattr(m.encoder.layer[0], "forward", functools.partial(m.encoder.layer[0].forward)),
+        "forward",
+    ),
     "a parametrization": (
         lambda m: torch.nn.utils.parametrizations.weight_norm(m.encoder.layer[0].output.dense),
         "parametri",
