@@ -48,7 +48,7 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
     """
     name, base = next(((n, m) for n, m in model.named_modules() if isinstance(m, modeling.EncoderModel)), (None, None))
     if base is None:
-        raise TypeError(f"model is a {type(model).__name__}, expected one with a model of bert_fast in it, such as after accelerate")
+        raise TypeError(f"model is a {type(model).__name__}, expected one with a bert_fast model in it")
     of_base = inputs if base is model else {k: v for k, v in inputs.items() if k not in _OF_HEADS}
     tensors, others, kwargs = modeling.split_arguments(base._family, (), of_base)
     reason, plain = modeling.encoder_check(base, tensors, others, kwargs)
