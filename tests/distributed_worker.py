@@ -5,6 +5,7 @@ distributed_worker.py FOLDER RANK: rank 0 writes the gradients it ends up with t
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 
@@ -71,3 +72,5 @@ def main(folder: pathlib.Path, rank: int) -> None:
 
 if __name__ == "__main__":
     main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # all is saved; with threads of torch's still there, an ordinary end now and then aborts
