@@ -193,10 +193,14 @@ def _upstream(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: Any,
     p: float, wanted: bool,
 ) -> Attended:  # fmt: skip
-    """The same by transformers: sdpa, or where weights are wanted the eager function of the module's own file."""
-    if wanted:
+    """The same by transformers: sdpa, or where weights are wanted the eager function of the module's own file.
+
+    That one too where gradients may flow past a mask: sdpa's backward has wrong ones of a query without a key.
+    """
+    if wanted or (torch.is_grad_enabled() and mask is not None):
         added = _added(mask, causal, query, key)
-        return _eager_of(module)(module, query, key, value, added, scaling=scale, dropout=p)
+        context, weights = _eager_of(module)(module, query, key, value, added, scaling=scale, dropout=p)
+        return context, weights if wanted else None
     dtype = _compute_dtype(query)
     added = _added(mask, causal, query, key, dtype)
     if added is not None and added.dtype != dtype:  # autocast would make -inf of the lowest number

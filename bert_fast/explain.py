@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bert_fast import graphs, modeling, modules
+from bert_fast.tiers import NEUTRAL_KWARGS
 from bert_fast.upstream import SelfAttention
 
 
@@ -37,10 +38,6 @@ def _row(name: str, reason: str | None) -> tuple[str, str, str]:
     return (name, "fused", "") if reason is None else (name, "transformers", reason)
 
 
-# what a head keeps to itself
-_OF_HEADS = {"labels", "next_sentence_label", "start_positions", "end_positions", "logits_to_keep"}
-
-
 def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
     """What `model(**inputs)` would run, without running it.
 
@@ -49,14 +46,17 @@ def explanation(model: torch.nn.Module, **inputs: Any) -> Explanation:
     name, base = next(((n, m) for n, m in model.named_modules() if isinstance(m, modeling.EncoderModel)), (None, None))
     if base is None:
         raise TypeError(f"model is a {type(model).__name__}, expected one with a bert_fast model in it")
-    of_base = inputs if base is model else {k: v for k, v in inputs.items() if k not in _OF_HEADS}
+    known = {*base._family.parameters, *NEUTRAL_KWARGS}  # what else there is, a head keeps to itself
+    of_base = inputs if base is model else {k: v for k, v in inputs.items() if k in known}
     tensors, others, kwargs = modeling.split_arguments(base._family, (), of_base)
     reason, plain = modeling.encoder_check(base, tensors, others, kwargs)
     flags = [bool(flag) for flag in modeling.output_flags(base, kwargs)]
-    if type(model).__name__.endswith("ForMultipleChoice"):  # (B, choices, S) is (B * choices, S) to its base model
+    heads = (m for m in model.modules() if isinstance(m, modeling.FirstTokenHead) and m.base_model is base)
+    head = next(heads, None)
+    if type(head or model).__name__.endswith("ForMultipleChoice"):  # (B, choices, S) is (B * choices, S) to its base
         kept = {"inputs_embeds": 2}  # trailing dimensions
         tensors = {k: x if x is None else x.reshape(-1, *x.shape[-kept.get(k, 1) :]) for k, x in tensors.items()}
-    first_token_only = isinstance(model, modeling.FirstTokenHead)
+    first_token_only = head is not None and modeling.reads_first_token_only(head)
     padding, graph = "exact", ""
     if plain is not None:
         given = tensors["inputs_embeds"] if tensors["input_ids"] is None else tensors["input_ids"]

@@ -18,6 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+# methods that transformers' forwards call of their own module, where a class has them
+METHODS = ("feed_forward_chunk", "ff_chunk", "compute_position_bias", "relative_position_bucket")
+METHODS += ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
+
 
 class LayerNames(NamedTuple):
     """Dotted paths of the parts of a layer. BERT's are the defaults."""
@@ -109,10 +113,15 @@ class Family:
     dropout_is_called: bool = False  # the weights' dropout is a module that is called, not one whose p is read
     ids_before_embeds: bool = False  # given both, the embeddings take the ids, as DistilBERT's do
     relative_positions: bool = False  # the encoder adds a bias to all scores (MPNet)
-    keeps_absent_pooler: bool = False  # the tuple of outputs has None where there is no pooler (MPNet)
+    scaling: str | None = "scaling"  # attribute of the attention module; None: 1 / sqrt(head_dim)
+    project: str | None = None  # name of a dense after the embeddings (ELECTRA)
+    own_outputs: bool = False  # its forward collects outputs itself: flags by truth, None kept in the tuple (MPNet)
     fused: dict[type, type] = field(default_factory=dict)  # class of transformers -> what modules.py puts before it
     first_token_heads: tuple[str, ...] = ()  # names of heads that read the first token only
     other_heads: tuple[str, ...] = ()
+    # of first_token_heads that hand on the whole sequence: the class of `classifier`, which reads the first token
+    sequence_reader: type | None = None
+    derived: list[type] = field(default_factory=list)  # our classes of it (modeling.derive)
 
     @cached_property
     def attention_class(self) -> type:
@@ -129,28 +138,35 @@ class Family:
         return "cross_attentions" in (getattr(self.model, "_can_record_outputs", None) or {})
 
     @cached_property
-    def attention_functions(self) -> tuple[Any, Any]:
-        """The functions that transformers' attention calls, as they were when first asked for."""
-        return self.current_attention_functions()
+    def functions(self) -> tuple[Any, ...]:
+        """What a forward calls beside the forwards of modules, as it was when first asked for."""
+        return self.current_functions()
 
-    def current_attention_functions(self) -> tuple[Any, Any]:
+    def current_functions(self) -> tuple[Any, ...]:
         hf = self.hf
         registered = getattr(hf, "ALL_ATTENTION_FUNCTIONS", {})
-        return getattr(hf, "eager_attention_forward", None), registered.get("sdpa")
+        functions = [getattr(hf, name, None) for name in ("eager_attention_forward", "create_bidirectional_mask")]
+        classes = (self.embeddings_class, *self.model_classes.values(), *self.layer_classes.values())
+        methods = [getattr(cls, name, None) for cls in classes for name in METHODS]
+        return (*functions, registered.get("sdpa"), *methods)
 
     @cached_property
     def forwards(self) -> dict[type, Any]:
         """What a call of each class of a model runs, as imported."""
         classes = {
-            *(self.embeddings_class, *self.model_classes.values(), *self.layer_classes.values()),
-            *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout),
+            *(self.model, self.embeddings_class, *self.model_classes.values(), *self.layer_classes.values()),
+            *(*self.fused, self.pooler_class, self.sequence_reader),
+            *(getattr(self.hf, name) for name in self.first_token_heads),
+            *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.Tanh),
         }
-        classes |= set() if self.pooler_class is None else {self.pooler_class}
-        return {cls: cls.forward for cls in classes}
+        return {cls: cls.forward for cls in classes - {None}}
 
     @cached_property
     def _layers_of(self) -> Callable[[Any], Any]:
         return attrgetter(self.layers)
+
+    def pooler_of(self, model: nn.Module) -> nn.Module | None:
+        return None if self.pooler_class is None else model.pooler
 
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
         return self._layers_of(model)
@@ -166,7 +182,11 @@ class Family:
         parts = [None if part is None else part(layer) for part in self._parts]
         own = parts[-1]
         owner = own.dropout if self.dropout_is_called else own
-        return LayerView(*parts, owner, getattr(own, self.heads), attention_scale(own))
+        return LayerView(*parts, owner, getattr(own, self.heads), self.scale(own))
+
+    def scale(self, own: nn.Module) -> float:
+        """Factor of the scores of an attention module."""
+        return getattr(own, self.scaling) if self.scaling else own.attention_head_size**-0.5
 
     def embeddings_view(self, model: nn.Module) -> EmbeddingsView:
         module = model.embeddings
@@ -176,7 +196,7 @@ class Family:
 
         return EmbeddingsView(
             module, module.word_embeddings, module.position_embeddings, getattr(module, "token_type_embeddings", None),
-            module.LayerNorm, module.dropout, getattr(model, "embeddings_project", None),
+            module.LayerNorm, module.dropout, getattr(model, self.project, None) if self.project else None,
             positions if self.position_padding else None,
         )  # fmt: skip
 
@@ -194,7 +214,7 @@ class Family:
     def view(self, model: nn.Module) -> ModelView:
         """The parts of a model whose modules are plain."""
         layers = [self.layer_view(layer) for layer in self.layers_of(model)]
-        pooler = getattr(model, "pooler", None)
+        pooler = self.pooler_of(model)
         return ModelView(
             self.embeddings_view(model), layers, None if pooler is None else pooler.dense,
             layers[0].norm.weight.shape[0], layers[0].heads,
@@ -210,11 +230,6 @@ def relative_bias(encoder: nn.Module) -> Callable[[int], torch.Tensor]:
         return encoder.compute_position_bias(encoder.relative_attention_bias.weight.new_empty(1, S, 0))
 
     return of_length
-
-
-def attention_scale(own: nn.Module) -> float:
-    """Factor of the scores: where a module does not say, 1 / sqrt(head_dim)."""
-    return getattr(own, "scaling", own.attention_head_size**-0.5)
 
 
 def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:

@@ -24,9 +24,11 @@ from bert_fast.family import Family, argument_names, family_of
 from bert_fast.outputs import make_outputs
 from bert_fast.packing import check_padding, resolve_padding
 from bert_fast.tiers import (
+    FORWARDS,
     autocast_reason,
     call_reason,
     model_reason,
+    module_reason,
     register_family,
     surroundings_reason,
     warn_once,
@@ -184,11 +186,20 @@ def fused_forward(model: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict
     return make_outputs(family, encoded, hidden_states, attentions, return_dict, model.config.num_hidden_layers)
 
 
-def _first_token_forward(head: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    base = head.base_model
+def reads_first_token_only(head: Any) -> bool:
+    """Whether nobody sees more than the first token of what the base model of a FirstTokenHead returns."""
+    base, family, upstream = head.base_model, head._family, head._upstream
     cls = type(base)
-    unseen = cls in UPSTREAM and not base._forward_hooks and not base._forward_pre_hooks
-    if unseen and cls.forward is cls._fused and "forward" not in base.__dict__:
+    if cls not in UPSTREAM or base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+        return False
+    if cls.forward is not FORWARDS[cls] or upstream.forward is not FORWARDS[upstream]:
+        return False
+    hands_on = family.sequence_reader is not None and upstream.__name__.endswith("ForSequenceClassification")
+    return not hands_on or module_reason(head.classifier, family.sequence_reader) is None
+
+
+def _first_token_forward(head: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if reads_first_token_only(head):
         kwargs[FIRST_TOKEN_ONLY] = True
     return upstream(*args, **kwargs)
 
@@ -204,7 +215,7 @@ def _derived(mixin: type, upstream: type, family: Family, home: str) -> type:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return runs(self, super(cls, self).forward, args, kwargs)
 
-        namespace |= {"forward": forward, "_fused": forward}
+        namespace["forward"] = forward
         if mixin is EncoderModel:
             namespace["__doc__"] = f"{mixin.__doc__}\n    Follows {upstream.__module__}."
     cls = type(upstream.__name__, (mixin, upstream), namespace)
@@ -214,12 +225,14 @@ def _derived(mixin: type, upstream: type, family: Family, home: str) -> type:
 
 def derive(family: Family, home: str) -> dict[str, type]:
     """Our classes of a family by name, for the namespace of the module `home`, from which pickle imports them."""
-    register_family(family)
     hf = family.hf
     mixins = {family.model: EncoderModel, **family.fused}
     mixins |= {getattr(hf, name): FirstTokenHead for name in family.first_token_heads}
     mixins |= {getattr(hf, name): FastModel for name in family.other_heads}
-    return {upstream.__name__: _derived(mixin, upstream, family, home) for upstream, mixin in mixins.items()}
+    classes = {upstream.__name__: _derived(mixin, upstream, family, home) for upstream, mixin in mixins.items()}
+    family.derived.extend(classes.values())
+    register_family(family)
+    return classes
 
 
 def _register_captures(module: nn.Module, cls: type) -> None:

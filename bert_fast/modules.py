@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from bert_fast.checks import INDEX_DTYPES
-from bert_fast.family import attention_scale
 from bert_fast.kernels.dropout import make_seed
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm
 from bert_fast.kernels.gelu_layer_norm import gelu_layer_norm
@@ -33,10 +32,10 @@ from bert_fast.tiers import (
     FORWARDS,
     activation_name,
     activation_reason,
-    attention_function_reason,
     attention_shape_reason,
     autocast_reason,
     embedding_parts_reason,
+    function_reason,
     is_capture_hook,
     layer_norm_reason,
     linear_reason,
@@ -171,11 +170,12 @@ def self_attention_reason(module: nn.Module) -> str | None:
     """Why the attention itself is not fused; the projections may still be called one by one."""
     if module.config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"attn_implementation={module.config._attn_implementation!r} was chosen"
-    heads = getattr(module, module._family.heads)
+    family = module._family
+    heads = getattr(module, family.heads)
     return (
         _place_reason(module, _any_weight(module))
-        or attention_shape_reason(module, heads, getattr(module, "all_head_size", _size(module)))
-        or attention_function_reason(module._family)
+        or attention_shape_reason(module, heads, getattr(module, "all_head_size", _size(module)), family.scale(module))
+        or function_reason(family)
     )
 
 
@@ -189,7 +189,7 @@ def self_attention(
 ) -> Attended | None:  # fmt: skip
     """(context, weights or None) of a self-attention on our ops, None where it is not for them.
 
-    want_probs: the call asked for weights; a hook on a module that is not sdpa's sees them too, as upstream's does.
+    want_probs: the call asked for weights; upstream's eager has them in any case, for whoever looks.
     """
     if self_attention_reason(module) is not None or past is not None or kwargs.get("is_causal"):
         return None
@@ -207,8 +207,9 @@ def self_attention(
             return None
         if mask.stride(2) == 0:  # one row of keys for all queries
             mask = mask[:, :, :1]
-    like_eager, device = module.config._attn_implementation != "sdpa", hidden.device
-    want_probs = want_probs or (like_eager and not all(map(is_capture_hook, list(module._forward_hooks.values()))))
+    kind, device = module.config._attn_implementation, hidden.device
+    hooked = not all(map(is_capture_hook, list(module._forward_hooks.values())))
+    want_probs = want_probs or kind == "eager" or (kind != "sdpa" and hooked)  # eager always hands them on
     dtype = compute_dtype(device.type, like.dtype)
     if projections_reason(module) is None:
         qkv = None
@@ -222,9 +223,9 @@ def self_attention(
         if qkv is None:
             rows = hidden.reshape(B * S, -1).to(dtype)
             qkv = qkv_linear(rows, *(x.to(dtype) for x in projections(*projection_parts(module).values())), None)
-        packing = make_packing(mask, B, S, device, False, like_eager)
+        packing = make_packing(mask, B, S, device, False, kind != "sdpa")
         dropout = _dropout(dropout_rate(module, module.dropout), device)
-        plan = AttendPlan(packing, heads, attention_scale(module), like_eager, dropout, dtype)
+        plan = AttendPlan(packing, heads, module._family.scale(module), kind != "sdpa", dropout, dtype)
         context, probs, _ = attended(plan, qkv, packing.bias, want_probs)
         if want_probs:
             probs = probs.to(attentions_dtype(device.type, hidden.dtype, dtype, mask is not None))
@@ -241,9 +242,12 @@ def output_reason(module: nn.Module) -> str | None:
 
 def _normed(module: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor | None:
     """LayerNorm(dropout(hidden) + residual) on our op, None where the tensors do not fit it."""
-    norm, shape = module.LayerNorm, residual.shape
+    norm = module.LayerNorm
     weight = norm.weight
-    if not _fits(residual, weight, weight.dtype) or hidden.shape != shape or shape[-1] != weight.shape[0]:
+    if not _fits(residual, weight, weight.dtype):
+        return None
+    shape = residual.shape
+    if hidden.shape != shape or shape[-1] != weight.shape[0]:
         return None
     if not _fits(hidden, weight, weight.dtype, compute_dtype(hidden.device.type, weight.dtype)):
         return None
@@ -312,6 +316,8 @@ class Intermediate:
 def feed_forward_reason(module: nn.Module) -> str | None:
     if module.chunk_size_feed_forward:
         return f"chunks its feed-forward by {module.chunk_size_feed_forward}"
+    if "ff_chunk" in module.__dict__ or function_reason(module._family):
+        return "has a replaced ff_chunk"
     return _activated_reason(module, module.lin1, module.activation)
 
 

@@ -43,6 +43,8 @@ def make_outputs(
     if family.pooler_class is not None:
         given["pooler_output"] = encoded.pooled
     outputs = family.outputs(**given)
+    if family.own_outputs:
+        hidden_states, return_dict = bool(hidden_states), bool(return_dict)
     if hidden_states:
         outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states, n_layers)
     if attentions:
@@ -52,6 +54,6 @@ def make_outputs(
     if return_dict is not False:
         return outputs
     values = outputs.to_tuple()
-    if family.keeps_absent_pooler and encoded.pooled is None:
+    if family.own_outputs and encoded.pooled is None:
         return (values[0], None, *values[1:])
     return values

@@ -12,7 +12,7 @@ import sentence_transformers
 from sentence_transformers.sentence_transformer import modules as st
 from torch import nn
 
-from bert_fast.modeling import SWAPS, UPSTREAM
+from bert_fast.modeling import SWAPS, UPSTREAM, EncoderModel
 from bert_fast.packing import only_real_tokens_are_read
 
 _ENCODE = inspect.signature(sentence_transformers.SentenceTransformer.encode)
@@ -33,6 +33,8 @@ def pools_real_tokens(model: nn.Module) -> bool:
     transformer, pooling, *rest = modules
     return (
         _is_plain(transformer, st.Transformer)
+        and isinstance(transformer.model, EncoderModel)
+        and _is_plain(transformer.model, *UPSTREAM)
         and _is_plain(pooling, st.Pooling)
         and all(_is_plain(module, *_AFTER_POOLING) for module in rest)
         and all(getattr(m, "module_input_name", "sentence_embedding") == "sentence_embedding" for m in rest)

@@ -22,6 +22,7 @@ A submodule that refers back to its model keeps the snapshot, and with it the mo
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from itertools import chain
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
@@ -32,11 +33,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bert_fast.family import Family, family_of
-from bert_fast.tiers import mask_function
+from bert_fast.tiers import ACTIVATIONS, mask_function
 
 _FORWARD_OF = attrgetter("forward")
 _CHECKPOINTING = attrgetter("gradient_checkpointing")  # an attribute of the class until it is set
 _TRAINING = itemgetter("training")
+_CONFIG_OF = itemgetter("config")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONFIG = ("is_decoder", "is_causal", "_attn_implementation", "_attn_implementation_internal")
 # what encode and the walk read of a torch module beside its parameters
@@ -47,7 +49,7 @@ _CONSTANTS: dict[type, tuple[str, ...]] = {
 }
 # and of a module of transformers, where it has that attribute
 _NUMBERS = ("scaling", "attention_head_size", "is_decoder", "is_causal", "add_cross_attention", "padding_idx")
-_NUMBERS += ("chunk_size_feed_forward",)
+_NUMBERS += ("chunk_size_feed_forward", "act")
 _UNREADABLE = (RuntimeError, TypeError, KeyError, AttributeError)  # of what is removed, or has no memory of its own
 
 
@@ -62,8 +64,8 @@ def _globals_of(model: nn.Module, family: Family) -> tuple[Any, ...]:
     return (
         *map(config.get, _CONFIG),
         mask_function(model),
-        family.current_attention_functions(),
-        *map(_FORWARD_OF, family.forwards),
+        family.current_functions(),
+        *map(_FORWARD_OF, chain(family.forwards, family.derived, ACTIVATIONS)),
     )
 
 
@@ -85,13 +87,16 @@ class Snapshot:
         self._types = list(map(type, self._children))
         # of this dropout only p and the parent's training flag are read, and those in training only
         own = [] if family.dropout_is_called else [layer.attention for layer in view.layers]
-        unread = {id(getattr(attention, "dropout", None)) for attention in own}
+        times = Counter(map(id, self._children))  # one that stands elsewhere too is called there
+        unread = {key for a in own if times[key := id(getattr(a, "dropout", None))] == 1}
         self._dicts = [m.__dict__ for m in below if id(m) not in unread]
         self._lengths = list(map(len, self._dicts))
         self._training = list(map(_TRAINING, self._dicts))
         self.training = model.training or any(self._training)
         self._layers = [layer for layer in family.layers_of(model) if hasattr(layer, "gradient_checkpointing")]
         self._checkpointing = list(map(_CHECKPOINTING, self._layers))
+        self._own_configs = [a.__dict__ for a in (layer.attention for layer in view.layers) if "config" in a.__dict__]
+        self._configs = self._read_configs()
         self._newest_hook = self._hook_seen = -1
         self._hooks = self._read_hooks()  # transformers' own, which a walk lets pass
         embeddings = model.embeddings
@@ -125,6 +130,11 @@ class Snapshot:
         tensors = list(map(getitem, *self._tensors))
         return [*map(type, tensors), *map(torch.Tensor.data_ptr, tensors)]
 
+    def _read_configs(self) -> list[Any]:
+        """Which configs the attention modules have, and what each of these says."""
+        configs = list(map(_CONFIG_OF, self._own_configs))
+        return [*map(id, configs), *(config._attn_implementation for config in {id(c): c for c in configs}.values())]
+
     def _read_hooks(self) -> list[Any]:
         return _flat(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))
 
@@ -151,6 +161,8 @@ class Snapshot:
         if not self._same_hooks() or list(map(_CHECKPOINTING, self._layers)) != self._checkpointing:
             return False
         try:
+            if self._read_configs() != self._configs:
+                return False
             if self._word["weight"].dtype != self.dtype or self._read_addresses() != self._addresses:
                 return False
             for read, dicts, values in self._constants:

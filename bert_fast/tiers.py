@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 from transformers import activations
 from transformers.utils import output_capturing
 
-from bert_fast.family import Family, attention_scale, family_of
+from bert_fast.family import METHODS, Family, family_of
 from bert_fast.kernels.attention import MAX_HEAD_DIM
 from bert_fast.kernels.runtime import unsupported_reason
 
@@ -50,13 +50,14 @@ def _nested_code(function: Any, name: str) -> CodeType | None:
 CAPTURE_HOOK = _nested_code(getattr(output_capturing, "install_output_capuring_hook", None), "output_capturing_hook")
 
 # What a call of each class runs, as imported: whoever replaces one of these for everybody gets transformers' forward.
-FORWARDS: dict[type, Any] = {}
+FORWARDS: dict[type, Any] = {cls: cls.forward for cls in ACTIVATIONS}
 
 
 def register_family(family: Family) -> None:
-    """Keep what transformers' classes of a family run now, before anybody replaces it."""
+    """Keep what transformers' classes of a family, and ours, run now, before anybody replaces it."""
     FORWARDS.update(family.forwards)
-    _ = family.attention_functions
+    FORWARDS.update((cls, cls.forward) for cls in family.derived)
+    _ = family.functions
 
 
 def is_capture_hook(hook: Any) -> bool:
@@ -74,8 +75,12 @@ def _hook_reason(module: nn.Module) -> str | None:
     if module._backward_hooks or module._backward_pre_hooks:
         return "has a backward hook"
     own = module.__dict__.get("forward")  # of the instance: somebody's, or its class's own put back
-    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
-        return "has a replaced forward"
+    if own is not None:
+        if getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module:
+            return "has a replaced forward"
+    for name in METHODS:
+        if name in module.__dict__:
+            return f"has a replaced {name}"
     return None
 
 
@@ -85,8 +90,9 @@ def module_reason(module: nn.Module | None, expected: type) -> str | None:
     if cls is not expected and not (cls.__bases__[-1] is expected and cls.__module__.startswith("bert_fast.")):
         return f"is a {cls.__module__}.{cls.__qualname__}, not {expected.__module__}.{expected.__qualname__}"
     assert module is not None
-    if expected.forward is not FORWARDS.get(expected, expected.forward):
-        return f"is a {cls.__qualname__}, whose forward was replaced"
+    for kind in (expected, cls):
+        if kind.forward is not FORWARDS.get(kind, kind.forward):
+            return f"is a {cls.__qualname__}, whose forward was replaced"
     return _hook_reason(module)
 
 
@@ -135,9 +141,15 @@ def activation_name(module: Any) -> str | None:
 
 
 def activation_reason(module: Any) -> str | None:
+    cls = type(module)
     if activation_name(module) is None:
-        return f"activation {type(module).__name__} has no kernel"
-    return module_reason(module, type(module))
+        return f"activation {cls.__name__} has no kernel"
+    if "act" in module.__dict__:  # the function that transformers' GELU modules call
+        function = getattr(module.act, "func", getattr(module.act, "__func__", module.act))
+        known = (nn.functional.gelu, getattr(cls, "_gelu_python", None), getattr(cls, "_gelu_tanh_python", None))
+        if function not in known:
+            return f"activation {cls.__name__} calls another function"
+    return module_reason(module, cls)
 
 
 def _parts_reason(path: str, parts: list[tuple[str, str | None]]) -> str | None:
@@ -156,6 +168,8 @@ def embedding_parts_reason(module: nn.Module, like: torch.Tensor) -> str | None:
         buffers.append("token_type_ids")
     for name in tables:
         reason = _embedding_reason(getattr(module, name), like)
+        if reason is None and name == "token_type_embeddings" and module.token_type_embeddings.padding_idx is not None:
+            reason = "has a padding_idx"
         if reason is not None:
             return f"({name}) {reason}"
     if not all(hasattr(module, name) for name in buffers):
@@ -174,7 +188,7 @@ def norm_parts_reason(module: nn.Module, size: int, like: torch.Tensor) -> str |
     return None
 
 
-def attention_shape_reason(own: nn.Module, heads: int, size: int) -> str | None:
+def attention_shape_reason(own: nn.Module, heads: int, size: int, scale: Any) -> str | None:
     """Why the kernels cannot be the attention of this module, whatever its projections; size: of all heads together."""
     if getattr(own, "is_decoder", False) or getattr(own, "is_causal", False):
         return "is causal"
@@ -182,19 +196,18 @@ def attention_shape_reason(own: nn.Module, heads: int, size: int) -> str | None:
         return "has heads that do not make up its size"
     if own.attention_head_size > MAX_HEAD_DIM:
         return f"has head_dim {own.attention_head_size}, the kernels take up to {MAX_HEAD_DIM}"
-    scale = attention_scale(own)
     if not isinstance(scale, (int, float)) or not scale > 0:
         return f"has scaling {scale}, the kernels take numbers above 0"
     return None
 
 
-def attention_function_reason(family: Family) -> str | None:
-    if family.current_attention_functions() != family.attention_functions:
-        return "an attention function of transformers was replaced"
+def function_reason(family: Family) -> str | None:
+    if family.current_functions() != family.functions:
+        return "a function of transformers that makes masks, attends or chunks was replaced"
     return None
 
 
-def layer_reason(family: Family, layer: nn.Module, path: str, like: torch.Tensor) -> str | None:
+def layer_reason(family: Family, layer: nn.Module, path: str, like: torch.Tensor, config: Any) -> str | None:
     """Why one layer cannot run on our ops; like: a tensor (any, hidden) of the model's dtype and device."""
     hidden, names = like.shape[1], family.names
     for name, cls in family.layer_classes.items():
@@ -211,14 +224,14 @@ def layer_reason(family: Family, layer: nn.Module, path: str, like: torch.Tensor
             return f"{path}{'.' if name else ''}{name} {reason}"
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         return f"{path} is checkpointed"
-    for name in ("feed_forward_chunk", "ff_chunk"):
-        if any(name in attrgetter(n)(layer).__dict__ if n else name in layer.__dict__ for n in family.layer_classes):
-            return f"{path} has a replaced {name}"
     try:
         view = family.layer_view(layer)
     except AttributeError as error:
         return f"{path} has lost a part: {error}"
-    reason = attention_shape_reason(view.attention, view.heads, hidden)
+    own = getattr(view.attention, "config", config)
+    reason = attention_shape_reason(view.attention, view.heads, hidden, view.scale)
+    if own._attn_implementation != config._attn_implementation:
+        reason = f"has attn_implementation={own._attn_implementation!r} by itself"
     if reason:
         return f"{path}.{names.attention} {reason}"
     wide = getattr(view.up, "out_features", 0)
@@ -268,22 +281,21 @@ def word_table(model: nn.Module) -> torch.Tensor | None:
 def embeddings_reason(family: Family, model: nn.Module, word: torch.Tensor) -> str | None:
     module = model.embeddings
     reason = module_reason(module, family.embeddings_class) or embedding_parts_reason(module, word)
-    if reason is None:
-        replaced = [name for name in module.__dict__ if name.startswith("create_position_ids")]
-        reason = f"has a replaced {replaced[0]}" if replaced else None
     return reason and f"embeddings {reason}"
 
 
 def model_reason(model: nn.Module) -> str | None:
     """Why the modules of one of our models cannot run on the encoder tier."""
     family, config = family_of(model), model.config
+    if family.model.forward is not FORWARDS[family.model]:
+        return f"the forward of {family.model.__name__} was replaced"
     if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
         return "the model is a decoder"
     if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"attn_implementation={config._attn_implementation!r} was chosen"
     if mask_function(model) is not family.model.__dict__.get("_create_attention_masks"):
         return "the model makes its own attention masks"
-    reason = attention_function_reason(family)
+    reason = function_reason(family)
     if reason:
         return reason
     word = word_table(model)
@@ -300,7 +312,7 @@ def model_reason(model: nn.Module) -> str | None:
     if type(layers) is not nn.ModuleList or not len(layers):
         return f"{family.layers} is not an ordinary list of layers"
     like = word.new_empty(1).expand(1, config.hidden_size)
-    project = getattr(model, "embeddings_project", None)
+    project = getattr(model, family.project, None) if family.project else None
     if project is not None:
         reason = _parts_reason("embeddings_project", [("", linear_reason(project, word.shape[1], like.shape[1], like))])
     elif word.shape[1] != like.shape[1]:
@@ -312,10 +324,10 @@ def model_reason(model: nn.Module) -> str | None:
     if reason:
         return reason
     for i, layer in enumerate(layers):
-        reason = layer_reason(family, layer, f"{family.layers}.{i}", like)
+        reason = layer_reason(family, layer, f"{family.layers}.{i}", like, config)
         if reason:
             return reason
-    pooler = getattr(model, "pooler", None)
+    pooler = family.pooler_of(model)
     return None if pooler is None else pooler_reason(family, pooler, like)
 
 
@@ -360,6 +372,11 @@ def call_reason(
     for name, value in tensors.items():
         if value is not None and type(value) not in (torch.Tensor, nn.Parameter):
             return f"{name} is a {type(value).__name__}"
+    given = tensors["inputs_embeds"] if tensors["input_ids"] is None else tensors["input_ids"]
+    for name in ("token_type_ids", "position_ids"):
+        ids = tensors[name]
+        if ids is not None and given is not None and ids.dim() == 2 and len(given) == 1 < len(ids):
+            return f"{name} make a batch of one input"
     mask, embeds = tensors["attention_mask"], tensors["inputs_embeds"]
     if mask is not None and mask.dim() == 4 and mask.dtype not in (torch.bool, dtype):
         return f"attention_mask is a 4-D mask of {mask.dtype}, the model is {dtype}"

@@ -59,7 +59,7 @@ def differentiable_context(qkv: torch.Tensor, probs: torch.Tensor, packing: Pack
     if not packing.identity:
         v = torch.zeros_like(v).index_copy(0, packing.token.long(), v)
     context = probs.to(v.dtype) @ v.view(B, S, heads, -1).transpose(1, 2)
-    context = context.transpose(1, 2).reshape(B * S, -1)
+    context = context.transpose(1, 2).reshape(B * S, -1).contiguous()  # of heads of one number it was a view
     context = context if packing.identity else context.index_select(0, packing.token)
     return context if is_row is None else torch.where(is_row, context, 0.0)
 

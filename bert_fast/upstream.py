@@ -113,6 +113,13 @@ class ProjectedSelfAttention(SelfAttention):
         return self.out_lin(context), weights
 
 
+class OwnAttention:
+    """MPNet's self-attention, which calls no attention function: only its masks are seen to."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, _additive(attention_mask, hidden_states), *args, **kwargs)
+
+
 class CrossAttention:
     """transformers' cross-attention; see the module's docstring for what differs."""
 

@@ -50,6 +50,7 @@ DISTIL = {
 }
 # name -> base model, fixed changes of the config
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertModel", {"type_vocab_size": 3}),
     "roberta": ("RobertaModel", {"type_vocab_size": 3}),
     "xlm_roberta": ("XLMRobertaModel", {"type_vocab_size": 1}),
     "camembert": ("CamembertModel", {}),
@@ -62,6 +63,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 NO_TYPES = ("bert_generation", "distilbert", "mpnet")
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 HEADS = {
+    "bert": "Bert",
     "roberta": "Roberta",
     "xlm_roberta": "XLMRoberta",
     "camembert": "Camembert",
@@ -116,7 +118,7 @@ def inputs_of(family: str, B: int = 3, S: int = 11, kind: str | None = "right", 
     if kind is not None:
         mask = ragged_mask(B, S, kind, seed)
         inputs = {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask}
-    if family in ("roberta", "electra"):
+    if family in ("bert", "roberta", "electra"):
         inputs["token_type_ids"] = torch.randint(0, 3, (B, S), generator=generator)
     return inputs
 
@@ -142,7 +144,8 @@ def test_outputs(family: str, attn: str, kind: str | None) -> None:
             return
         upstream.set_attn_implementation("eager")
         wanted = upstream(**inputs, **FLAGS)
-        assert type(got) is type(wanted) and len(got.attentions) == 2 and len(got.hidden_states) == 3
+        assert type(got) is type(wanted) and list(got) == list(wanted)
+        assert len(got.attentions) == 2 and len(got.hidden_states) == 3
         assert_close_fp32(got, wanted)
         assert got.hidden_states[-1] is got.last_hidden_state
         assert_close_fp32(ours(**inputs, **FLAGS, return_dict=False), upstream(**inputs, **FLAGS, return_dict=False))
@@ -167,6 +170,72 @@ def test_gradients(family: str, padding: str) -> None:
             loss.backward()
         assert_gradients_close(ours, upstream, 1e-4)
     assert_tier(ours, inputs, "encoder")
+
+
+@EVERY
+def test_gradients_of_padding_tokens_without_a_mask(family: str) -> None:
+    """The padding rows of the tables have none, though their tokens count."""
+    upstream, ours = pair(family)
+    inputs = inputs_of(family, kind="holes")
+    del inputs["attention_mask"]
+    for model in (upstream, ours):
+        model(**inputs).last_hidden_state.pow(3).sum().backward()
+    assert_gradients_close(ours, upstream, 1e-4)
+    assert (ours.get_input_embeddings().weight.grad[PAD] == 0).all()
+
+
+@EVERY
+def test_the_embeddings_by_themselves(family: str) -> None:
+    """Given ids and embeds both, each family takes its own choice; positional arguments in its own order."""
+    upstream, ours = (model.embeddings for model in pair(family))
+    ids = inputs_of(family)["input_ids"]
+    embeds = torch.randn(*ids.shape, upstream.word_embeddings.weight.shape[1])
+    with torch.no_grad():
+        assert_close_fp32(ours(ids), upstream(ids))
+        alone = {"inputs_embeds": embeds} | ({"input_ids": None} if family == "distilbert" else {})
+        assert_close_fp32(ours(**alone), upstream(**alone))
+        assert_close_fp32(ours(ids, inputs_embeds=embeds), upstream(ids, inputs_embeds=embeds))
+        second = embeds if family == "distilbert" else torch.zeros_like(ids)
+        assert_close_fp32(ours(ids, second), upstream(ids, second))
+
+
+@pytest.mark.parametrize("pooler", [False, True])
+def test_tuple_of_mpnet(pooler: bool) -> None:
+    """It keeps a None where there is no pooler."""
+    config = config_of(transformers.MPNetModel, relative_attention_num_buckets=32)
+    upstream = transformers.MPNetModel(config, add_pooling_layer=pooler).eval()
+    ours = bert_fast.accelerate(copy.deepcopy(upstream))
+    inputs = inputs_of("mpnet")
+    with torch.no_grad():
+        got, wanted = (m(**inputs, return_dict=False, output_attentions=True) for m in (ours, upstream))
+    assert [type(x) for x in got] == [type(x) for x in wanted]
+    assert_close_fp32(got, wanted)
+
+
+@EVERY
+def test_whose_training_flag_counts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights' dropout: the attention module's in most families, its own in MPNet, which calls it."""
+    upstream, ours = pair(family, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+    inputs = inputs_of(family)
+    for which in ("attention", "dropout"):
+        outputs = []
+        for model in (ours, upstream):
+            model.train()
+            for name, module in model.named_modules():
+                is_attention = hasattr(module, "attention_head_size")
+                if (is_attention if which == "attention" else name.endswith(OWN_DROPOUT[family])):
+                    module.training = False
+            torch.manual_seed(3)
+            mask = None if family == "mpnet" else inputs["attention_mask"]
+            with our_dropout(monkeypatch, mask, places=2 if family == "distilbert" else 3):
+                outputs.append(model(**inputs)[0])
+        assert_close_fp32(*outputs)
+        without = (which == "attention") != (family == "mpnet")
+        assert torch.allclose(outputs[0], ours.eval()(**inputs)[0], atol=1e-4) == without
+
+
+OWN_DROPOUT = dict.fromkeys(FAMILIES, "attention.self.dropout")
+OWN_DROPOUT |= {"distilbert": "attention.dropout", "mpnet": "attn.dropout"}
 
 
 @EVERY

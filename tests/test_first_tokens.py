@@ -97,3 +97,12 @@ def test_the_bare_model_returns_every_position(feed_forward_rows: list[int]) -> 
     with torch.no_grad():
         assert ours.bert(input_ids=random_ids()).last_hidden_state.shape == (3, 11, 32)
     assert feed_forward_rows == [33, 33]
+
+
+@pytest.mark.parametrize("cls", FIRST_TOKEN_HEADS[:2])
+def test_a_bias_for_every_query(cls):
+    """A 4-D mask: the last layer is computed whole."""
+    upstream, ours = pair(cls)
+    inputs = head_inputs(cls) | {"attention_mask": torch.randn(3, 4, 11, 11)}
+    with torch.no_grad():
+        assert_close_fp32(ours(**inputs), upstream(**inputs))

@@ -10,6 +10,7 @@ from bert_fast.families.layout import HEADS
 from bert_fast.family import Family, LayerNames
 from bert_fast.modeling import derive
 from bert_fast.modules import Embeddings, Intermediate, Output, Pooler
+from bert_fast.upstream import OwnAttention
 
 MPNET = Family(
     hf=hf,
@@ -34,9 +35,11 @@ MPNET = Family(
     position_padding=True,
     dropout_is_called=True,
     relative_positions=True,
-    keeps_absent_pooler=True,
+    scaling=None,
+    own_outputs=True,
     fused={
         hf.MPNetEmbeddings: Embeddings,
+        hf.MPNetSelfAttention: OwnAttention,
         hf.MPNetIntermediate: Intermediate,
         hf.MPNetOutput: Output,
         hf.MPNetPooler: Pooler,
