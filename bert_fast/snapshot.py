@@ -6,9 +6,9 @@ both, and the CUDA graphs of its evaluation.
 A snapshot is taken after a walk that found every module plain. `holds` then compares, in passes that run in C over
 lists prepared once, everything the walk reads that can change between two calls: the tree of modules and their types,
 the number of their attributes (an instance's `forward` is one more), training flags, hooks, type and address of every
-parameter and of the embeddings' buffers, sizes and constants, the config, and the class attributes that a call would
-run. Where it does not hold, the walk runs again. CUDA graphs (graphs.py) live as long as their snapshot: an address
-that has moved ends both.
+parameter and of the embeddings' buffers, sizes and constants, the configs, and the functions and class attributes that
+a call would run. Where it does not hold, the walk runs again. CUDA graphs (graphs.py) live as long as their snapshot:
+an address that has moved ends both.
 
 Blind spots, in which a fresh walk would see what this does not:
 - `parameter.data` set to a view of the same memory with another shape or strides, or another dtype (the word table's
