@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import starmap
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -124,10 +125,6 @@ class Family:
     derived: list[type] = field(default_factory=list)  # our classes of it (modeling.derive)
 
     @cached_property
-    def attention_class(self) -> type:
-        return self.layer_classes[self.names.attention]
-
-    @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the model's arguments."""
         return argument_names(self.model.forward)
@@ -142,13 +139,19 @@ class Family:
         """What a forward calls beside the forwards of modules, as it was when first asked for."""
         return self.current_functions()
 
+    @cached_property
+    def _methods(self) -> list[tuple[type, str]]:
+        classes = (self.embeddings_class, *self.model_classes.values(), *self.layer_classes.values())
+        return [(cls, name) for cls in classes for name in METHODS if hasattr(cls, name)]
+
     def current_functions(self) -> tuple[Any, ...]:
         hf = self.hf
-        registered = getattr(hf, "ALL_ATTENTION_FUNCTIONS", {})
-        functions = [getattr(hf, name, None) for name in ("eager_attention_forward", "create_bidirectional_mask")]
-        classes = (self.embeddings_class, *self.model_classes.values(), *self.layer_classes.values())
-        methods = [getattr(cls, name, None) for cls in classes for name in METHODS]
-        return (*functions, registered.get("sdpa"), *methods)
+        return (
+            getattr(hf, "eager_attention_forward", None),
+            hf.create_bidirectional_mask,
+            getattr(hf, "ALL_ATTENTION_FUNCTIONS", {}).get("sdpa"),
+            *starmap(getattr, self._methods),
+        )
 
     @cached_property
     def forwards(self) -> dict[type, Any]:
