@@ -195,7 +195,9 @@ def act_layer_norm(dtype: str, N: int, act: str) -> Call:
     return Call("gelu_layer_norm", dtype, f"{N} {act}", run)
 
 
-def embed(dtype: str, N: int, ids: torch.dtype | None, padded: bool = False, counted: bool = True) -> Call:
+def embed(
+    dtype: str, N: int, ids: torch.dtype | None, padded: bool = False, counted: bool = True, typed: bool = True
+) -> Call:
     def run() -> None:
         B, S = 4, 128
         words, types, positions = (empty(n, N, dtype=DTYPES[dtype]) for n in (30522, 2, 512))
@@ -203,10 +205,12 @@ def embed(dtype: str, N: int, ids: torch.dtype | None, padded: bool = False, cou
         given = None if ids else words.new_empty(B, S, N)
         arange, p = empty(1, S, dtype=torch.int64).expand(B, S), words.new_empty(N)
         n_rows = empty(1) if counted else None
-        tables = (words, types, positions, p, p, 1e-12, 0)
-        embed_layer_norm_triton(index, given, arange, arange, *tables, empty(B * S), n_rows, True, padded)
+        tables = (words, types if typed else None, positions, p, p, 1e-12, 0)
+        type_ids = arange if typed else None
+        embed_layer_norm_triton(index, given, type_ids, arange, *tables, empty(B * S), n_rows, True, padded)
 
     shape = f"{N} {INTEGERS[ids] if ids else 'embeds'}{' padded' * padded}{'' if counted else ' all'}"
+    shape += "" if typed else " no types"
     return Call("embed_layer_norm", dtype, shape, run)
 
 
@@ -281,6 +285,7 @@ def calls() -> Iterator[Call]:
     yield layer_norm("bf16", 100, padded=True)
     yield embed("bf16", 768, torch.int32, counted=False)
     yield embed("bf16", 768, None, padded=True)
+    yield embed("bf16", 768, torch.int64, typed=False)
     yield from (act_layer_norm("bf16", 768, act) for act in ("none", *acts))
     yield from (pool(dtype, N) for dtype, N in itertools.product(DTYPES, (768, 100)))
     yield from (first_rows(dtype, 768) for dtype in ("bf16", "fp16", "fp32"))

@@ -122,7 +122,7 @@ def norm(dtype: str, N: int, autocast: bool = False, padded: bool = False, p: fl
     return Call("residual_layer_norm_backward", dtype, shape, run)
 
 
-def embeddings(dtype: str, N: int, ids: bool = True, padded: bool = False) -> Call:
+def embeddings(dtype: str, N: int, ids: bool = True, padded: bool = False, typed: bool = True) -> Call:
     def run() -> None:
         B, S = 4, 128
         words, types, positions = (rows_of(dtype, n, N) for n in (30522, 2, 512))
@@ -130,14 +130,14 @@ def embeddings(dtype: str, N: int, ids: bool = True, padded: bool = False) -> Ca
         given = (index, None) if ids else (None, words.new_empty(B, S, N))
         arange, weight = empty(1, S, dtype=torch.int64).expand(B, S), words.new_empty(N)
         tail = (empty(B * S), empty(1))
-        tables, drop = (words, types, positions), (seed(), 0, 0.1)
-        embed_layer_norm_triton(
-            *given, arange, arange, *tables, weight, weight, 1e-12, 0, *tail, not padded, padded, *drop
-        )  # fmt: skip
+        tables, drop = (words, types if typed else None, positions), (seed(), 0, 0.1)
+        given += (arange if typed else None, arange)
+        embed_layer_norm_triton(*given, *tables, weight, weight, 1e-12, 0, *tail, not padded, padded, *drop)
         dy = words.new_empty(B * S, N)
-        embed_layer_norm_backward_triton(dy, padded, *given, arange, arange, *tables, weight, 1e-12, *tail, *drop)
+        embed_layer_norm_backward_triton(dy, padded, *given, *tables, weight, 1e-12, *tail, *drop)
 
-    return Call("embed_layer_norm_backward", dtype, f"{N}{' ids' * ids}{' padded' * padded}", run)
+    shape = f"{N}{' ids' * ids}{' padded' * padded}{'' if typed else ' no types'}"
+    return Call("embed_layer_norm_backward", dtype, shape, run)
 
 
 def head_norm(dtype: str, N: int, act: str) -> Call:
@@ -193,4 +193,5 @@ def training_calls() -> Iterator[Call]:
     yield norm("bf16", 100)
     yield embeddings("bf16", 768, ids=False)
     yield embeddings("bf16", 768, padded=True)
+    yield embeddings("bf16", 768, typed=False)
     yield from (head_norm("bf16", 768, act) for act in ACTS[1:])
