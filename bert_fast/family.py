@@ -120,8 +120,8 @@ class Family:
     fused: dict[type, type] = field(default_factory=dict)  # class of transformers -> what modules.py puts before it
     first_token_heads: tuple[str, ...] = ()  # names of heads that read the first token only
     other_heads: tuple[str, ...] = ()
-    # of first_token_heads that hand on the whole sequence: the class of `classifier`, which reads the first token
-    sequence_reader: type | None = None
+    # first_token_heads that hand on the whole sequence -> the class of their `classifier`, which reads the first token
+    sequence_readers: dict[type, type] = field(default_factory=dict)
     derived: list[type] = field(default_factory=list)  # our classes of it (modeling.derive)
 
     @cached_property
@@ -158,7 +158,7 @@ class Family:
         """What a call of each class of a model runs, as imported."""
         classes = {
             *(self.model, self.embeddings_class, *self.model_classes.values(), *self.layer_classes.values()),
-            *(*self.fused, self.pooler_class, self.sequence_reader),
+            *(*self.fused, self.pooler_class, *self.sequence_readers.values()),
             *(getattr(self.hf, name) for name in self.first_token_heads),
             *(nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.Tanh),
         }

@@ -194,8 +194,8 @@ def reads_first_token_only(head: Any) -> bool:
         return False
     if cls.forward is not FORWARDS[cls] or upstream.forward is not FORWARDS[upstream]:
         return False
-    hands_on = family.sequence_reader is not None and upstream.__name__.endswith("ForSequenceClassification")
-    return not hands_on or module_reason(head.classifier, family.sequence_reader) is None
+    reader = family.sequence_readers.get(upstream)
+    return reader is None or module_reason(head.classifier, reader) is None
 
 
 def _first_token_forward(head: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bert_fast.kernels.attention_heads_base import additive
 from bert_fast.kernels.pack import pack
 
 PADDING_MODES = ("auto", "exact", "skip")
@@ -50,9 +51,7 @@ def relative_mask(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     if mask is None:
         return bias
     keep = mask if mask.dim() == 4 else (mask != 0)[:, None, None]
-    if keep.dtype == torch.bool:
-        keep = torch.where(keep.to(bias.device), 0.0, torch.finfo(bias.dtype).min).to(bias.dtype)
-    return bias + keep
+    return bias + additive(keep.to(bias.device), bias.dtype)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bert_fast.kernels.attention_heads_base import additive, causal_mask
 from bert_fast.modules import self_attention, self_attention_reason
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
@@ -41,15 +42,12 @@ def _causal_keep(past: Any, layer_idx: int, hidden: torch.Tensor) -> torch.Tenso
     if q_len == 1:
         return None
     kv_len = q_len if past is None else past.get_mask_sizes(q_len, layer_idx)[0]
-    return torch.ones(q_len, kv_len, dtype=torch.bool, device=hidden.device).tril()[None, None]
+    return causal_mask(q_len, kv_len, hidden.device)
 
 
 def _additive(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
     """A boolean keep-mask as the additive one that eager takes."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
-    return torch.where(mask, zero, torch.finfo(hidden.dtype).min)
+    return None if mask is None else additive(mask, hidden.dtype)
 
 
 def _without_dead_rows(attended: Attended, keep: torch.Tensor | None) -> Attended:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bert_fast.kernels.attention import Drop, _dropped
 from bert_fast.kernels.attention_backward import attention_backward
 from bert_fast.kernels.attention_base import LOG2E, LOWEST, Triple, load_block
 from bert_fast.kernels.attention_heads_base import (
@@ -28,7 +29,7 @@ from bert_fast.kernels.attention_heads_base import (
     check,
 )
 from bert_fast.kernels.configs import TileConfig, choose
-from bert_fast.kernels.dropout import dropout_kept, dropout_keys, rescale, threshold
+from bert_fast.kernels.dropout import dropout_keys, rescale, threshold
 from bert_fast.kernels.registry import Grads, gradients_of, register
 from bert_fast.kernels.runtime import (
     capability,
@@ -50,7 +51,6 @@ Keys = namedtuple(
     "Keys",
     "k_ptr v_ptr stride_kn stride_vn k_offsets v_offsets cols rows d_mask full end mask_ptr mask_offsets stride_mask_n",
 )
-Drop = namedtuple("Drop", "k0 k1 threshold rescale row_counters")
 
 
 @triton.jit
@@ -80,12 +80,6 @@ def _exp(s, shift, scale, MASK: tl.constexpr):
     if MASK == "none":
         return tl.math.exp2(s * scale - shift)
     return tl.math.exp2(s - shift) if MASK == "keep" else tl.math.exp2((s - shift) * LOG2E)
-
-
-@triton.jit
-def _dropped(p, n, keys, drop, rescale):
-    kept = dropout_kept(drop.row_counters + (n + keys.cols)[None, :], drop.k0, drop.k1, drop.threshold)
-    return tl.where(kept, p * rescale, 0.0)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ ELECTRA = bert_like(
     "Electra",
     outputs=BaseModelOutputWithPastAndCrossAttentions,
     project="embeddings_project",
-    sequence_reader=hf.ElectraClassificationHead,
+    sequence_readers={hf.ElectraForSequenceClassification: hf.ElectraClassificationHead},
     first_token_heads=("ElectraForSequenceClassification",),
     # ForMultipleChoice summarises as the config says, not always by the first token
     other_heads=tuple(f"Electra{head}" for head in (*HEADS, "ForPreTraining", "ForCausalLM", "ForMultipleChoice")),

@@ -16,7 +16,9 @@ FAMILIES = [
         hf,
         prefix,
         position_padding=True,
-        sequence_reader=getattr(hf, f"{prefix}ClassificationHead"),
+        sequence_readers={
+            getattr(hf, f"{prefix}ForSequenceClassification"): getattr(hf, f"{prefix}ClassificationHead")
+        },
         first_token_heads=(f"{prefix}ForSequenceClassification", f"{prefix}ForMultipleChoice"),
         other_heads=(f"{prefix}ForCausalLM", *(prefix + head for head in HEADS)),
     )
