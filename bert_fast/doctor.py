@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ import transformers
 
 import bert_fast
 from bert_fast import graphs
-from bert_fast.kernels import configs, runtime
+from bert_fast.kernels import configs, extension, runtime
 
 from . import demo
 
@@ -85,6 +84,15 @@ def graph_lines() -> list[str]:
     return lines + (held or ["held by this process: none"])
 
 
+def extension_line() -> str:
+    """Whether the compiled library of csrc/ is here, and whether this torch takes it."""
+    if extension.path() is None:
+        how_to_get = "in a checkout, with nvcc: BERT_FAST_CUDA=1 pip install -e ."
+        return f"csrc extension: absent, and optional; to build it {how_to_get}"
+    reason = extension.load()
+    return f"csrc extension: present but does not load: {reason}" if reason else "csrc extension: present, loaded"
+
+
 def missing() -> list[str]:
     """What could be here and is not, each with the way to get it."""
     found = []
@@ -129,8 +137,7 @@ def report() -> list[str]:
     if not devices[1:]:
         tables = ", ".join(sorted(path.name for path in configs.FOLDER.glob("*.json")))
         lines += ["", f"tiles: no GPU, so none in force; tables at hand: {tables}"]
-    found = "present" if importlib.util.find_spec("bert_fast._C") else "absent; no op needs it"
-    lines += ["", f"csrc extension: {found}", "", "missing"]
+    lines += ["", extension_line(), "", "missing"]
     return lines + ([f"  {line}" for line in missing()] or ["  nothing"])
 
 

@@ -13,6 +13,7 @@ import transformers
 import bert_fast
 from bert_fast import demo, doctor
 from bert_fast.__main__ import main
+from bert_fast.kernels import extension
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] hello my dog is cute , the quick brown fox".split()
 
@@ -127,10 +128,27 @@ def test_kept_positions_and_zeros():
 def test_doctor_names_everything(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in (*doctor.OPS, "torch", "triton", "transformers", "csrc extension: absent", "missing", "explain"):
+    for word in (*doctor.OPS, "torch", "triton", "transformers", "csrc extension: ", "missing", "explain"):
         assert word in out
     monkeypatch.setattr(demo, "WEIGHTS_MODULE", "no_such_module_of_weights")
     assert any(demo.WEIGHTS_INSTALL in line for line in doctor.missing())
+
+
+def test_doctor_on_the_extension(monkeypatch, tmp_path):
+    """Absent, broken, and one that loads; load() itself is cached, so that a library is opened once a process."""
+    library = tmp_path / extension.NAME
+    monkeypatch.setattr(extension, "path", lambda: library if library.is_file() else None)
+    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
+    assert extension.load() == extension.NOT_BUILT
+    line = doctor.extension_line()
+    assert line.startswith("csrc extension: absent, and optional") and "BERT_FAST_CUDA=1 pip install" in line
+    library.write_bytes(b"no library\n")
+    line = doctor.extension_line()
+    assert line.startswith("csrc extension: present but does not load: ") and extension.NAME in line
+    assert "\n" not in line
+    opened = []
+    monkeypatch.setattr(torch.ops, "load_library", opened.append)
+    assert doctor.extension_line() == "csrc extension: present, loaded" and opened == [str(library)]
 
 
 def test_doctor_tile_lines_are_the_table():

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import email
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.metadata import Metadata
+from packaging_helpers import FOLDERS, ROOT, build, copy_checkout
 
 import bert_fast
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = """
-import sys
-from setuptools import build_meta
-getattr(build_meta, sys.argv[1])(sys.argv[2])
-assert "torch" not in sys.modules, "setup.py must not import torch"
-"""
-FOLDERS = ("bert_fast", "kernels", "tests", "bench", "docs", "examples", "csrc")
+PURE = {"BERT_FAST_CUDA": "0"}  # with the CUDA library: tests/test_extension_build.py
 
 
 def python_files(folder: str) -> set[str]:
@@ -31,28 +22,24 @@ def python_files(folder: str) -> set[str]:
     return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
 
 
-def build(what: str, source: Path, target: Path) -> Path:
-    """With the installed setuptools, offline."""
-    command = [sys.executable, "-c", BUILD, f"build_{what}", str(target)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (built,) = target.iterdir()
-    return built
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy that has been worked in, with bytecode in every folder and libraries that earlier builds left."""
+    source = tmp_path_factory.mktemp("checkout")
+    copy_checkout(source)
+    for folder in FOLDERS:
+        (source / folder / "__pycache__").mkdir()
+        (source / folder / "__pycache__/old.cpython-311.pyc").write_bytes(b"")
+    for name in ("bert_fast/_C.abi3.so", "kernels/old.so", "csrc/old.o", "csrc/old.so"):
+        (source / name).write_bytes(b"")
+    return source
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unpacked. Built from a copy that has been worked in, with bytecode in every folder."""
-    source = tmp_path_factory.mktemp("checkout")
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (source / folder / "__pycache__").mkdir()
-        (source / folder / "__pycache__/old.cpython-311.pyc").write_bytes(b"")
-    for path in ROOT.iterdir():
-        if path.is_file() and not path.name.startswith("."):
-            shutil.copy(path, source)
+def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpacked."""
     target = tmp_path_factory.mktemp("sdist")
-    built = build("sdist", source, target)
+    built = build("sdist", checkout, target, **PURE)
     assert built.name == f"bert_fast-{bert_fast.__version__}.tar.gz"
     with tarfile.open(built) as archive:
         archive.extractall(target, filter="data")
@@ -61,7 +48,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    built = build("wheel", sdist, tmp_path_factory.mktemp("wheel"))
+    built = build("wheel", sdist, tmp_path_factory.mktemp("wheel"), **PURE)
     assert built.name == f"bert_fast-{bert_fast.__version__}-py3-none-any.whl"
     return zipfile.ZipFile(built)
 
@@ -73,9 +60,11 @@ def test_sdist_is_a_checkout(sdist: Path) -> None:
         str(path.relative_to(ROOT)) for folder in ("kernels", "bench") for path in (ROOT / folder).rglob("*.json")
     }
     wanted |= {path.name for path in ROOT.iterdir() if path.suffix in (".md", ".txt", ".toml")}
+    wanted |= {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file() and path.suffix != ".so"}
+    wanted |= {f"tests/{path.name}" for end in ("h", "cuh", "cpp", "cu") for path in (ROOT / "tests").glob(f"*.{end}")}
     wanted |= {"setup.py", "LICENSE", "Makefile", "bert_fast/py.typed", "docs/design.md"}
     assert not wanted - found
-    assert not [name for name in found if "__pycache__" in name or name.endswith((".pyc", ".so"))]
+    assert not [name for name in found if "__pycache__" in name or name.endswith((".pyc", ".so", ".o"))]
 
 
 def test_wheel_from_the_sdist(wheel: zipfile.ZipFile) -> None:
@@ -90,6 +79,12 @@ def test_wheel_from_the_sdist(wheel: zipfile.ZipFile) -> None:
     for name in shipped:
         source = ROOT / name.removeprefix("bert_fast/") if name in kernels else ROOT / name
         assert wheel.read(name) == source.read_bytes(), name
+
+
+def test_wheel_from_a_checkout_that_was_built_before(checkout: Path, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    built = build("wheel", checkout, tmp_path / "dist", **PURE)
+    assert built.name == f"bert_fast-{bert_fast.__version__}-py3-none-any.whl"
+    assert set(zipfile.ZipFile(built).namelist()) == set(wheel.namelist())
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:

@@ -1,0 +1,33 @@
+"""The compiled CUDA library, csrc/*.cu as bert_fast/_C.abi3.so. Optional: where it is missing, nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+NAME = "_C.abi3.so"
+NOT_BUILT = "csrc extension is not built"
+
+
+def path() -> Path | None:
+    """The file, if there is one: in bert_fast/, which holds this folder or, in a checkout, stands beside it."""
+    above = Path(__file__).resolve().parents[1]
+    return next((file for file in (above / NAME, above / "bert_fast" / NAME) if file.is_file()), None)
+
+
+@functools.cache
+def load() -> str | None:
+    """None once the library's ops are registered, else the reason why not.
+
+    The file is opened once a process: torch's stable ABI ends a process that registers the same ops twice.
+    """
+    file = path()
+    if file is None:
+        return NOT_BUILT
+    try:
+        torch.ops.load_library(str(file))
+    except (OSError, RuntimeError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
