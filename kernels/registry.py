@@ -23,13 +23,14 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register_kernel(
-    schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+    schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any] | None, fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define `bert_fast::<schema>` without a gradient and return the callable op."""
+    """Define `bert_fast::<schema>` without a gradient and return the callable op. cuda: None where csrc has it."""
     name = schema.split("(", 1)[0]
     _library.define(schema)
     _library.impl(name, cpu, "CPU")
-    _library.impl(name, cuda, "CUDA")
+    if cuda is not None:
+        _library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

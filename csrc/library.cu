@@ -1,0 +1,17 @@
+// What loading this library registers. The schema of encoder_small, its CPU body and its fake stand in
+// kernels/encoder_small.py, beside those of all other ops.
+#include <torch/csrc/stable/library.h>
+
+#include "encoder_small_op.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast, m) {
+  m.def(
+      "encoder_small_reason(int device, int layers, int hidden, int intermediate, int heads, int batch, int length)"
+      " -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CompositeExplicitAutograd, m) {
+  m.impl("encoder_small_reason", TORCH_BOX(&bert_fast::encoder_small_reason));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CUDA, m) { m.impl("encoder_small", TORCH_BOX(&bert_fast::encoder_small)); }

@@ -1,0 +1,121 @@
+// Who computes what in encoder_small: pure functions of a model's shape and of the number of blocks, for host and
+// device.
+//
+// A product (features x inner, the weight's shape) is cut into tiles of TILE features. Tiles are dealt to groups of
+// GROUP blocks like cards, each product going on where the one before stopped, so that no group streams more weights
+// than others in the long run. Within a group each block has a slice of the inner dimension; their sums are added, and
+// stored, once, by the block whose turn it is.
+#pragma once
+
+#ifndef __CUDACC__
+#define __host__
+#define __device__
+#endif
+#define HD __host__ __device__ inline
+
+namespace bert_fast {
+
+constexpr int GROUP = 4;      // blocks that share tiles, a cluster where the chip has clusters
+constexpr int THREADS = 256;  // of a block
+constexpr int WARPS = THREADS / 32;
+constexpr int TILE = 16;  // features of a tile: rows of the tensor cores' left operand
+constexpr int STEP = 16;  // inner dimension of one tensor-core product
+constexpr int ROUND = 8;  // tiles whose sums a block can hold in registers at once
+constexpr int MAX_ROWS = 64;
+constexpr int MAX_HIDDEN = 1024;
+constexpr int MAX_LAYERS = 24;  // pointers of all weights travel as a kernel parameter, 4 KB at most
+constexpr int MAX_STAGES = 64;
+constexpr int PAD = 16;         // bytes after each row of 16-bit numbers in shared memory, against bank conflicts
+constexpr int SUM_STRIDE = 20;  // floats between rows of partial sums, TILE of them used
+
+enum Product { QKV, OUT, UP, DOWN, PRODUCTS };
+
+struct Shape {
+  int layers, hidden, intermediate, heads, head_dim, batch, length;  // capacities: batch * length rows at most
+};
+
+struct Slice {
+  int begin, count;
+};
+
+HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
+HD int round_up(int a, int b) { return ceil_div(a, b) * b; }
+HD int smaller(int a, int b) { return a < b ? a : b; }
+HD int larger(int a, int b) { return a > b ? a : b; }
+
+HD int features(const Shape& s, int product) {
+  return product == QKV ? 3 * s.hidden : product == UP ? s.intermediate : s.hidden;
+}
+HD int steps(const Shape& s, int product) { return (product == DOWN ? s.intermediate : s.hidden) / STEP; }
+HD int tiles(const Shape& s, int product) { return features(s, product) / TILE; }
+
+// The steps of the inner dimension that the block of a rank multiplies.
+HD Slice slice(int steps, int rank) {
+  const int begin = steps * rank / GROUP;
+  return {begin, steps * (rank + 1) / GROUP - begin};
+}
+
+// The hand of one group: tiles first, first + groups, ..., `count` of them.
+HD Slice hand(const Shape& s, int groups, int layer, int product, int group) {
+  int dealt = 0;  // before this product
+  for (int i = 0; i < PRODUCTS; ++i) dealt += tiles(s, i) * (i < product ? layer + 1 : layer);
+  const int first = (group + groups - dealt % groups) % groups;
+  const int all = tiles(s, product);
+  return {first, first < all ? ceil_div(all - first, groups) : 0};
+}
+
+// Pairs (tile of a round, row) number pair_of(0, rank), pair_of(1, rank), ... are stored by the block of a rank.
+HD int pair_of(int place, int rank) { return place * GROUP + rank; }
+
+struct Plan {
+  int blocks, groups;
+  int round;         // tiles that a block multiplies at once
+  int unit;          // steps of a stage: a stage of the ring holds TILE features x unit steps of a weight
+  int stages;        // of the ring
+  int x_units;       // units of activations in shared memory at once
+  int region_bytes;  // activations, then partial sums over them; in the attention phase query, key and value
+  int shared_bytes;
+};
+
+HD int units(const Plan& p, int steps) { return ceil_div(steps, p.unit); }
+HD int stage_row_bytes(const Plan& p) { return p.unit * STEP * 2 + PAD; }
+HD int stage_bytes(const Plan& p) { return TILE * stage_row_bytes(p); }
+HD int x_row_bytes(const Plan& p) { return p.x_units * p.unit * STEP * 2 + PAD; }
+
+// Warps share rows in groups of 16; the warps that are left over divide the inner dimension.
+HD int row_groups(int rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
+
+// Offsets in shared memory, after the ring's barriers.
+HD int statistics_offset() { return MAX_STAGES * 8; }                     // float2 a row: mean and 1 / deviation
+HD int positions_offset() { return statistics_offset() + MAX_ROWS * 8; }  // int a row of one sequence
+HD int region_offset() { return positions_offset() + MAX_ROWS * 4; }
+HD int ring_offset(const Plan& p) { return region_offset() + p.region_bytes; }
+
+HD int sums_bytes(int tiles) { return WARPS * 16 * tiles * SUM_STRIDE * 4; }
+
+// nullptr and a plan, or why there is none. blocks: resident at once; shared_limit: bytes of shared memory of a block.
+//
+// As many tiles at once as a hand has, and all activations of a phase at once, as long as the ring has room for twice
+// what is multiplied at once: then it runs ahead of the barriers.
+HD const char* make_plan(const Shape& s, int blocks, int shared_limit, Plan& p) {
+  p = Plan{blocks / GROUP * GROUP, blocks / GROUP, 0, 0, 0, 0, 0, 0};
+  if (p.groups < 1) return "fewer blocks fit the device than one group has";
+  p.unit = ceil_div(steps(s, QKV), GROUP);
+  const int rows = round_up(s.batch * s.length, 16);
+  const int attention = 3 * round_up(s.length, 16) * (s.head_dim * 2 + PAD);
+  int most = 1;
+  for (int i = 0; i < PRODUCTS; ++i) most = larger(most, smaller(ROUND, ceil_div(tiles(s, i), p.groups)));
+  for (p.round = most; p.round > 0; --p.round) {
+    for (p.x_units = units(p, ceil_div(steps(s, DOWN), GROUP)); p.x_units > 0; --p.x_units) {
+      p.region_bytes = round_up(larger(rows * x_row_bytes(p), larger(sums_bytes(p.round), attention)), 128);
+      p.stages = smaller((shared_limit - ring_offset(p)) / stage_bytes(p), MAX_STAGES);
+      if (p.stages >= 2 * p.round) {
+        p.shared_bytes = ring_offset(p) + p.stages * stage_bytes(p);
+        return nullptr;
+      }
+    }
+  }
+  return "a block's shared memory is too small";
+}
+
+}  // namespace bert_fast

@@ -1,0 +1,121 @@
+// Rows of 16-bit numbers and the LayerNorm that is applied to them on the way.
+#pragma once
+
+#include "block.cuh"
+
+namespace bert_fast {
+
+// Four numbers of a row.
+template <class E>
+__device__ float4 unpack4(uint2 packed) {
+  const float2 low = E::unpack(packed.x), high = E::unpack(packed.y);
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+
+template <class E>
+__device__ void store4(void* to, float4 x) {
+  *static_cast<uint2*>(to) = make_uint2(E::pack(x.x, x.y), E::pack(x.z, x.w));
+}
+
+__device__ inline float normalised(float x, float2 statistics, float gamma, float beta) {
+  return (x - statistics.x) * statistics.y * gamma + beta;
+}
+
+template <class E>
+__device__ float4 normalised4(float4 x, float2 statistics, uint2 gamma, uint2 beta) {
+  const float4 g = unpack4<E>(gamma), b = unpack4<E>(beta);
+  return make_float4(normalised(x.x, statistics, g.x, b.x), normalised(x.y, statistics, g.y, b.y),
+                     normalised(x.z, statistics, g.z, b.z), normalised(x.w, statistics, g.w, b.w));
+}
+
+// Mean and 1 / deviation of every row from those of its tiles, 8 lanes a row; all threads, then a __syncthreads.
+__device__ inline void merge_statistics(Block& b, const void* of_tiles, float eps) {
+  constexpr int LANES = 8, MOST = MAX_HIDDEN / TILE / LANES;
+  const int tiles = b.p.shape.hidden / TILE, lane = threadIdx.x % LANES;
+  for (int first = 0; first < b.rows; first += THREADS / LANES) {
+    const int row = first + threadIdx.x / LANES;
+    float2 part[MOST];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      const int tile = lane + i * LANES;
+      part[i] = make_float2(0, 0);
+      if (row < b.rows && tile < tiles) part[i] = load_float2(bytes(of_tiles) + (int64_t(row) * tiles + tile) * 8);
+      sum += part[i].x;
+    }
+    for (int i = 1; i < LANES; i *= 2) sum += shfl_xor(sum, i);
+    const float mean = sum / tiles;
+    float squares = 0;  // of deviations: within the tiles, and of the tiles' means
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      const float apart = part[i].x - mean;
+      if (lane + i * LANES < tiles) squares += part[i].y + TILE * apart * apart;
+    }
+    for (int i = 1; i < LANES; i *= 2) squares += shfl_xor(squares, i);
+    if (lane == 0 && row < b.rows) b.statistics[row] = make_float2(mean, rsqrtf(squares / b.p.shape.hidden + eps));
+  }
+}
+
+struct Rows {
+  const void* from;  // (rows, columns), 16-bit
+  int columns;
+  const void *gamma = nullptr, *beta = nullptr;  // of the LayerNorm on the way; null: none
+};
+
+// Columns begin .. begin + count of all rows into the region, in pieces of 8; all threads, then a __syncthreads.
+template <class E>
+__device__ void load_rows(Block& b, const Rows& x, int begin, int count) {
+  constexpr int BATCH = 8;  // loads in flight a thread, 16 bytes each: 32 rows of 512 columns at once
+  const int pieces = count / 8, stride = x_row_bytes(b.p.plan);
+  const char* from = bytes(x.from) + begin * 2;
+  int row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+  const auto next = [&](int& row, int& piece) {
+    row += THREADS / pieces;
+    piece += THREADS % pieces;
+    if (piece >= pieces) piece -= pieces, ++row;
+  };
+  while (row < b.rows) {
+    uint4 loaded[BATCH];
+    int r = row, c = piece;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i, next(r, c))
+      if (r < b.rows) loaded[i] = load_16(from + (int64_t(r) * x.columns + c * 8) * 2);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i, next(row, piece)) {
+      if (row >= b.rows) continue;
+      uint4 v = loaded[i];
+      if (x.gamma) {
+        const int64_t at = (begin + piece * 8) * 2;
+        const uint4 gamma = *reinterpret_cast<const uint4*>(bytes(x.gamma) + at);
+        const uint4 beta = *reinterpret_cast<const uint4*>(bytes(x.beta) + at);
+        const float2 statistics = b.statistics[row];
+        const float4 low = normalised4<E>(unpack4<E>(make_uint2(v.x, v.y)), statistics, make_uint2(gamma.x, gamma.y),
+                                          make_uint2(beta.x, beta.y));
+        const float4 high = normalised4<E>(unpack4<E>(make_uint2(v.z, v.w)), statistics, make_uint2(gamma.z, gamma.w),
+                                           make_uint2(beta.z, beta.w));
+        v = make_uint4(E::pack(low.x, low.y), E::pack(low.z, low.w), E::pack(high.x, high.y), E::pack(high.z, high.w));
+      }
+      *reinterpret_cast<uint4*>(b.region + row * stride + piece * 16) = v;
+    }
+  }
+}
+
+// LayerNorm(h) in token order, zeros where a token is no row; statistics are in place.
+template <class E>
+__device__ void store_normalised(Block& b, void* to, const void* gamma, const void* beta) {
+  const int hidden = b.p.shape.hidden;
+  for (int row = blockIdx.x; row < b.p.shape.batch * b.p.shape.length; row += gridDim.x) {
+    char* out = bytes(to) + int64_t(b.p.token[row]) * hidden * 2;
+    for (int i = threadIdx.x; i < hidden / 4; i += THREADS) {
+      float4 y = make_float4(0, 0, 0, 0);
+      if (row < b.rows) {
+        const uint2 g = static_cast<const uint2*>(gamma)[i], d = static_cast<const uint2*>(beta)[i];
+        const uint2 h = load_8(bytes(b.p.h) + (int64_t(row) * hidden + i * 4) * 2);
+        y = normalised4<E>(unpack4<E>(h), b.statistics[row], g, d);
+      }
+      store4<E>(out + i * 8, y);
+    }
+  }
+}
+
+}  // namespace bert_fast
