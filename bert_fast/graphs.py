@@ -30,6 +30,7 @@ from bert_fast.cuda_graphs import CudaBackend
 from bert_fast.encoder import Encoded, encode
 from bert_fast.family import ModelView
 from bert_fast.kernels.runtime import next_power_of_2
+from bert_fast.one_launch import encode_in_one_launch, is_wanted, one_launch_reason
 from bert_fast.packing import make_packing
 from bert_fast.snapshot import Snapshot, snapshots
 
@@ -74,6 +75,7 @@ class Key(NamedTuple):
     attentions: bool
     first_tokens_only: bool
     precision: str  # of fp32 products, as torch allows them
+    one_launch: bool  # where it can be taken
 
     @property
     def given(self) -> tuple[bool, ...]:
@@ -102,10 +104,11 @@ def _key(snapshot: Snapshot, call: Call) -> Key:
     S = max(next_power_of_2(call.S), MIN_LENGTH)
     if positions is None:  # the default ones are read from a buffer of this length
         S = min(S, snapshot.max_length)
+    B = next_power_of_2(call.B)
     precision = torch.backends.cuda.matmul.fp32_precision if snapshot.dtype == torch.float32 else ""
     return Key(
-        next_power_of_2(call.B), S, mask is not None, types is not None, positions is not None,
-        call.skip and mask is not None, call.hidden, call.attentions, call.first_tokens_only, precision,
+        B, S, mask is not None, types is not None, positions is not None, call.skip and mask is not None, call.hidden,
+        call.attentions, call.first_tokens_only, precision, is_wanted(B * S, snapshot.device),
     )  # fmt: skip
 
 
@@ -309,6 +312,7 @@ def _capture(snapshot: Snapshot, key: Key, call: Call) -> _Entry | None:
 
 def _captured(snapshot: Snapshot, key: Key, call: Call) -> _Entry:
     graphs, where, skip, view = snapshot.graphs, snapshot.device, key.skip, snapshot.view
+    first_try = key not in graphs.failures
     # ordinary tensors, so that no_grad and inference_mode may both write them
     with torch.inference_mode(False), torch.no_grad():
         buffers = tuple(
@@ -318,15 +322,16 @@ def _captured(snapshot: Snapshot, key: Key, call: Call) -> _Entry:
         ids, mask, types, positions = buffers
         shape = torch.zeros(2, dtype=torch.int32, device=where)
 
+        op_by_op = one_launch_reason(view, key.B, key.S, snapshot.dtype, where) is not None or not first_try
+        form = encode if op_by_op else encode_in_one_launch
+
         def run() -> Encoded:
             packing = make_packing(mask, key.B, key.S, where, skip, view.uniform_empty, shape)
-            return encode(
-                view, packing, ids, types, positions, None, key.hidden, key.attentions, key.first_tokens_only
-            )
+            return form(view, packing, ids, types, positions, None, key.hidden, key.attentions, key.first_tokens_only)
 
         entry = _Entry(buffers, shape)
         entry.copy_in(call)  # the warm-up runs on real input
-        dependent = key.B * key.S <= DEPENDENT_ROWS and key not in graphs.failures
+        dependent = key.B * key.S <= DEPENDENT_ROWS and first_try
         entry.graph, entry.static = graphs.device.backend.capture(run, dependent)
     return entry
 
@@ -373,7 +378,8 @@ def plan(snapshot: Snapshot, call: Call) -> str:
         graphs, bucket = snapshot.graphs, f"{key.B} x {key.S}"
         if graphs is not None:
             if key in graphs.entries:
-                return f"replayed, bucket {bucket}"
+                op_by_op = one_launch_reason(snapshot.view, key.B, key.S, snapshot.dtype, snapshot.device)
+                return f"replayed, bucket {bucket}" + ("" if op_by_op else ", layers in one launch")
             if graphs.refused(key):
                 reason = f"capturing bucket {bucket} failed"
         reason = reason or f"bucket {bucket} is captured when it has come more than once"
