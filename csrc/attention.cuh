@@ -1,25 +1,9 @@
-// Attention of short sequences: all keys of a query at once, in registers.
+// Attention of short sequences, all keys of a query at once in registers, of the heads of one slice.
 #pragma once
 
-#include "block.cuh"
+#include "rows.cuh"
 
 namespace bert_fast {
-
-// Query, key and value of sequence `at` and one head into the region, rows past `length` of the last 16 zeros.
-template <int D>
-__device__ void load_heads(Block& b, int start, int length, int head) {
-  constexpr int PIECES = D / 8, STRIDE = D * 2 + PAD;
-  const int padded = round_up(length, 16), hidden = b.p.shape.hidden;
-  for (int i = threadIdx.x; i < 3 * padded * PIECES; i += THREADS) {
-    const int piece = i % PIECES, row = i / PIECES % padded, which = i / PIECES / padded;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < length) {
-      const int64_t at = (int64_t(start + row) * 3 + which) * hidden + head * D + piece * 8;
-      v = load_16(bytes(b.p.qkv) + at * 2);
-    }
-    *reinterpret_cast<uint4*>(b.region + (which * padded + row) * STRIDE + piece * 16) = v;
-  }
-}
 
 // Softmax of 16 queries' scores, rows lane / 4 and lane / 4 + 8, over keys 0 .. keys: p becomes the probabilities.
 __device__ inline void softmax(float (&p)[MAX_ROWS / 8][4], int keys, float scale) {
@@ -47,46 +31,35 @@ __device__ inline void softmax(float (&p)[MAX_ROWS / 8][4], int keys, float scal
   }
 }
 
-// Attention of one head of one sequence; a warp has 16 queries and all keys.
+// One warp: 16 queries of one head of one sequence. Query, key and value of the slice's heads are side by side in the
+// region's rows, `width` bytes each; the context takes the place of the query. probs: (S, S) of the head, or null.
 template <class E, int D>
-__device__ void attend(Block& b, int layer, int sequence, int head) {
-  constexpr int STRIDE = D * 2 + PAD;
-  const Params& p = b.p;
-  const Shape& s = p.shape;
-  const int start = p.cu_seqlens[sequence], length = p.cu_seqlens[sequence + 1] - start;
-  if (length == 0 && !p.probs) return;
-  const bool uniform = p.kv_len[sequence] == 0 && p.uniform_empty;
-  const int keys = uniform ? length : p.kv_len[sequence], padded = round_up(length, 16);
-  __syncthreads();  // the region is read no more
-  load_heads<D>(b, start, length, head);
-  if (p.probs && int(threadIdx.x) < s.length) {  // rows, then the tokens that are no row (pack.py)
-    const int j = threadIdx.x, dropped = b.rows + sequence * s.length - start;
-    const int token = p.token[j < length ? start + j : dropped + j - length];
-    b.positions[j] = token - sequence * s.length;
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * 16;
-  if (first >= (p.probs ? s.length : length)) return;
+__device__ void attend(Block& b, int sequence, int head, int first, int width, uint16_t* probs) {
+  const int start = b.starts[sequence], length = b.starts[sequence + 1] - start, most = b.p.shape.length;
+  const bool uniform = b.keys[sequence] == 0 && b.p.uniform_empty;
+  const int keys = uniform ? length : b.keys[sequence];
+  const int lane = threadIdx.x % WARP, stride = x_row_bytes(b.p.plan);
   float weights[MAX_ROWS / 8][4] = {};
   if (first < length) {
-    const char* query = b.region + (first + lane % 16) * STRIDE + lane / 16 * 16;
-    const char* key = b.region + (padded + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 16;
-    const char* value = b.region + (2 * padded + lane % 16) * STRIDE + lane / 16 * 16;
+    char* heads = b.region + head * D * 2;
+    // Rows past the sequence's last one are that one again: another sequence's may be anything, even NaN.
+    const auto row = [&](int i) { return heads + (start + smaller(i, length - 1)) * stride; };
+    const char* query = row(first + lane % 16) + lane / 16 * 16;
 #pragma unroll
-    for (int k = 0; k < D / STEP; ++k) {
-      uint32_t q[4];
-      ldmatrix_x4(q, query + k * STEP * 2);
+    for (int n = 0; n < MAX_ROWS / 16; ++n) {
+      if (n * 16 < length) {
+        const char* key = row(n * 16 + lane / 16 * 8 + lane % 8) + width + lane / 8 % 2 * 16;
 #pragma unroll
-      for (int n = 0; n < MAX_ROWS / 16; ++n) {
-        if (n * 16 < length) {
-          uint32_t two[4];
-          ldmatrix_x4(two, key + n * 16 * STRIDE + k * STEP * 2);
+        for (int k = 0; k < D / STEP; ++k) {
+          uint32_t q[4], two[4];
+          ldmatrix_x4(q, query + k * STEP * 2);
+          ldmatrix_x4(two, key + k * STEP * 2);
           E::mma(weights[2 * n], q, two[0], two[1]);
           E::mma(weights[2 * n + 1], q, two[2], two[3]);
         }
       }
     }
-    softmax(weights, keys, uniform ? 0 : p.scale);
+    softmax(weights, keys, uniform ? 0 : b.p.scale);
     float out[D / 8][4] = {};
 #pragma unroll
     for (int n = 0; n < MAX_ROWS / 16; ++n) {
@@ -94,10 +67,11 @@ __device__ void attend(Block& b, int layer, int sequence, int head) {
         const float (&low)[4] = weights[2 * n], (&high)[4] = weights[2 * n + 1];
         const uint32_t left[4] = {E::pack(low[0], low[1]), E::pack(low[2], low[3]), E::pack(high[0], high[1]),
                                   E::pack(high[2], high[3])};
+        const char* value = row(n * 16 + lane % 16) + 2 * width + lane / 16 * 16;
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
           uint32_t two[4];
-          ldmatrix_x4_trans(two, value + n * 16 * STRIDE + d * 32);
+          ldmatrix_x4_trans(two, value + d * 32);
           E::mma(out[2 * d], left, two[0], two[1]);
           E::mma(out[2 * d + 1], left, two[2], two[3]);
         }
@@ -105,37 +79,53 @@ __device__ void attend(Block& b, int layer, int sequence, int head) {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first + lane / 4 + half * 8;
-      if (row >= length) continue;
-      char* to = bytes(p.context) + (int64_t(start + row) * s.hidden + head * D + lane % 4 * 2) * 2;
+      const int i = first + lane / 4 + half * 8;
+      if (i >= length) continue;
+      char* to = row(i) + lane % 4 * 4;
 #pragma unroll
       for (int d = 0; d < D / 8; ++d)
         *reinterpret_cast<uint32_t*>(to + d * 16) = E::pack(out[d][half * 2], out[d][half * 2 + 1]);
     }
   }
-  if (!p.probs) return;
-  const int64_t matrix = (int64_t(layer) * s.batch + sequence) * s.heads + head;
-  uint16_t* to = static_cast<uint16_t*>(p.probs) + matrix * s.length * s.length;
+  if (!probs) return;
+  const int* positions = b.positions + sequence * most;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first + lane / 4 + half * 8;
-    if (row >= s.length) continue;
-    uint16_t* at = to + b.positions[row] * s.length;
+    const int i = first + lane / 4 + half * 8;
+    if (i >= most) continue;
+    uint16_t* at = probs + positions[i] * most;
 #pragma unroll
     for (int n = 0; n < MAX_ROWS / 8; ++n) {
-      const int column = n * 8 + lane % 4 * 2;
-      const bool is_row = row < length;
+      const int j = n * 8 + lane % 4 * 2;
+      const bool is_row = i < length;
       const uint32_t two = E::pack(is_row ? weights[n][half * 2] : 0, is_row ? weights[n][half * 2 + 1] : 0);
-      if (column < s.length) at[b.positions[column]] = uint16_t(two & 0xffff);
-      if (column + 1 < s.length) at[b.positions[column + 1]] = uint16_t(two >> 16);
+      if (j < most) at[positions[j]] = uint16_t(two & 0xffff);
+      if (j + 1 < most) at[positions[j + 1]] = uint16_t(two >> 16);
     }
   }
 }
 
+// The context of the slice's heads, all rows, into the region, as load_rows would bring it; all threads, then a
+// __syncthreads. Every group computes the context that it multiplies: that costs less than a barrier of the grid.
+// store: this group's blocks store the probabilities of their heads.
 template <class E, int D>
-__device__ void attend_all(Block& b, int layer) {
-  const int heads = b.p.shape.heads;
-  for (int i = blockIdx.x; i < b.p.shape.batch * heads; i += gridDim.x) attend<E, D>(b, layer, i / heads, i % heads);
+__device__ void attend_all(Block& b, int layer, Slice part, bool store) {
+  const Shape& s = b.p.shape;
+  const int heads = part.count * STEP / D, before = part.begin * STEP / D, width = part.count * STEP * 2;
+  load_rows<E, 3>(b, Rows{b.p.qkv, s.hidden}, part.begin * STEP, part.count * STEP, [] {});
+  __syncthreads();
+  int turn = threadIdx.x / WARP;
+  for (int sequence = 0; sequence < s.batch; ++sequence) {
+    const int queries = store ? s.length : b.starts[sequence + 1] - b.starts[sequence];
+    for (int first = 0; first < queries; first += 16) {
+      for (int head = 0; head < heads; ++head) {
+        if (turn++ % WARPS) continue;
+        const int64_t matrix = (int64_t(layer) * s.batch + sequence) * s.heads + before + head;
+        uint16_t* probs = static_cast<uint16_t*>(b.p.probs) + matrix * s.length * s.length;
+        attend<E, D>(b, sequence, head, first, width, store ? probs : nullptr);
+      }
+    }
+  }
 }
 
 }  // namespace bert_fast

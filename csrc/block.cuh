@@ -16,7 +16,9 @@ struct Block {
   int rows;            // of all sequences; the host knows only that they are batch * length at most
   unsigned passed;     // grid barriers, in blocks
   float2* statistics;  // of the rows that were normalised last
-  int* positions;
+  int* starts;         // of the sequences, as cu_seqlens
+  int* keys;           // of the sequences
+  int* positions;      // of the j-th place of each sequence: its rows, then its tokens that are no row (pack.py)
   char* region;
 
   __device__ explicit Block(const Params& params) : p(params) {
@@ -28,8 +30,24 @@ struct Block {
     passed = 0;
     char* memory = shared_memory();
     statistics = reinterpret_cast<float2*>(memory + statistics_offset());
-    positions = reinterpret_cast<int*>(memory + positions_offset());
+    starts = reinterpret_cast<int*>(memory + maps_offset());
+    keys = starts + MAX_ROWS + 1;
+    positions = keys + MAX_ROWS;
     region = memory + region_offset();
+    load_maps();
+  }
+
+  // For all threads after the next __syncthreads.
+  __device__ void load_maps() {
+    const int i = threadIdx.x, batch = p.shape.batch, length = p.shape.length;
+    if (i <= batch) starts[i] = p.cu_seqlens[i];
+    if (i < batch) keys[i] = p.kv_len[i];
+    if (i < batch * length) {
+      const int sequence = i / length, place = i % length;
+      const int start = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1];
+      const int dropped = rows + sequence * length - start;  // where its tokens that are no row begin
+      positions[i] = p.token[start + place < end ? start + place : dropped + start + place - end] - sequence * length;
+    }
   }
 
   __device__ void grid_sync() {

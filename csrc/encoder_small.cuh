@@ -1,29 +1,29 @@
 // encoder_small: all layers of a BERT encoder on at most MAX_ROWS rows, in one launch.
 //
-//   A layer, all blocks side by side, a barrier of the whole grid after each line:
+//   A layer is four products, all blocks side by side, and a barrier of the whole grid after each:
 //
-//   1 QKV   h  -> LayerNorm -> x Wqkv + b                     -> qkv       tiles of 16 features, dealt to groups
-//   2       softmax(q k / sqrt(d)) v, and probabilities       -> context   a (sequence, head) a block
-//   3 OUT   context x Wo + b + LayerNorm(h)                   -> h1, statistics of h1     as 1
-//   4 UP    h1 -> LayerNorm -> act(x Wup + b)                 -> wide                     as 1
-//   5 DOWN  wide x Wdown + b + LayerNorm(h1)                  -> h, statistics of h       as 1
+//   QKV    LayerNorm(h) x Wqkv + b                             -> qkv
+//   OUT    softmax(q k * scale) v x Wout + b + LayerNorm(h)    -> h1, statistics of h1   (and probabilities)
+//   UP     act(LayerNorm(h1) x Wup + b)                        -> wide
+//   DOWN   wide x Wdown + b + LayerNorm(h1)                    -> h, statistics of h
 //
-//   After the last layer: h -> LayerNorm -> last_hidden_state. hidden_states leave in line 1 of the layer after.
+//   After the last layer LayerNorm(h) -> last_hidden_state; hidden_states leave beside the QKV of the layer after.
 //
-//   A product. Block r of a group of four multiplies the r-th slice of the inner dimension, all rows, for all tiles of
-//   the group: it reads a quarter of the activations, and one row of blocks all of them. Its eight warps divide rows
-//   (16 each) and, where rows are few, the slice. fp32 sums meet in shared memory: first of the warps, then of the four
-//   blocks (a cluster, so that they read each other's), in a fixed order; bias, activation or residual, one rounding,
-//   one store. A LayerNorm is no pass of its own: whoever stores a tile stores mean and squared deviations of its 16
-//   columns too, whoever reads rows merges these and normalises on the way into shared memory.
+//   Who. Tiles of 16 features are dealt to groups of four blocks. Block r of a group multiplies the r-th slice of the
+//   inner dimension, so it reads a quarter of the activations, and the group all of them. In OUT the slice is that of
+//   some heads, whose attention the block computes itself: every group does so again, which costs less than a barrier.
+//   A block's eight warps divide the rows, 16 each, and, where rows are few, the slice. Their fp32 sums meet in shared
+//   memory, those of the four blocks as well (a group is a cluster), in a fixed order; then bias, activation or
+//   residual, one rounding, one store. A LayerNorm is no pass of its own: whoever stores a tile stores mean and squared
+//   deviations of its 16 columns too, and whoever reads rows merges these and normalises on the way in.
 //
-//   Resident. Shared memory of a block: a ring of weight tiles | the activations of this phase, then sums over them.
-//   The ring knows no phases: a block's tiles of all layers follow each other in it, and it is filled again as soon as
-//   tiles have been read, before the barrier and whatever the barrier waits for. So memory streams weights all the time
-//   and a phase costs its latency: barrier, rows from L2, products, exchange. Rows between phases live in L2.
+//   What is resident where. A block's shared memory: a ring of weight tiles | the activations of this product, in their
+//   place then the sums. The ring knows no products: the block's tiles of all layers follow each other in it, and are
+//   asked for as soon as there is room, long before the barrier that their product waits for. So memory streams weights
+//   all the time, and a product costs its latency: barrier, rows from L2, tensor cores, exchange, store. Rows between
+//   products live in L2.
 #pragma once
 
-#include "attention.cuh"
 #include "product.cuh"
 
 namespace bert_fast {
@@ -40,14 +40,7 @@ __device__ inline void prefetch_vectors(const Params& p, int layer) {
   }
 }
 
-// What one product of one layer reads and writes. The embeddings are normalised already.
-struct Task {
-  Rows x;
-  Epilogue to;
-  const void* statistics = nullptr;  // of the tiles of x, where x is normalised
-  float eps = 0;
-};
-
+// The embeddings are normalised already.
 __device__ inline Task task(const Params& p, int layer, int product) {
   const int hidden = p.shape.hidden, wide = p.shape.intermediate;
   const Layer& own = p.layers[layer];
@@ -59,7 +52,7 @@ __device__ inline Task task(const Params& p, int layer, int product) {
     case QKV:
       return {h, {nullptr, hidden, p.qkv, 3 * hidden, -1}, p.statistics, layer > 0 ? p.layers[layer - 1].eps2 : 0};
     case OUT:
-      return {{p.context, hidden}, {v[OUT_BIAS], hidden, p.h1, hidden, -1, h.from, h.gamma, h.beta, p.statistics1}};
+      return {{nullptr, hidden}, {v[OUT_BIAS], hidden, p.h1, hidden, -1, h.from, h.gamma, h.beta, p.statistics1}};
     case UP: return {h1, {v[UP_BIAS], wide, p.wide, wide, p.activation}, p.statistics1, own.eps1};
     default: return {{p.wide, wide}, {v[DOWN_BIAS], hidden, p.h, hidden, -1, h1.from, h1.gamma, h1.beta, p.statistics}};
   }
@@ -73,20 +66,12 @@ __global__ void __launch_bounds__(THREADS, 1) encoder_small_kernel(const __grid_
   for (int layer = 0; layer < p.shape.layers; ++layer) {
     prefetch_vectors(p, layer + 1);
     for (int product = 0; product < PRODUCTS; ++product) {
-      if (product == OUT) {
-        attend_all<E, D>(b, layer);
-        b.grid_sync();
-      }
       const Task t = task(p, layer, product);
-      if (t.x.gamma) {
-        merge_statistics(b, t.statistics, t.eps);
-        __syncthreads();
-      }
+      multiply_all<E, D>(b, ring, layer, product, t);
       if (product == QKV && layer > 0 && p.hidden) {
         const int64_t size = int64_t(p.shape.batch) * p.shape.length * p.shape.hidden * 2;
         store_normalised<E>(b, bytes(p.hidden) + (layer - 1) * size, t.x.gamma, t.x.beta);
       }
-      multiply_all<E>(b, ring, layer, product, t.x, t.to);
       b.grid_sync();
     }
   }

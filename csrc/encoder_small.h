@@ -34,7 +34,7 @@ struct Params {
   void* hidden;  // (layers - 1, B * S, hidden)
   void* probs;   // (layers, B, heads, S, S)
   // Workspace. h1 and h: rows before the LayerNorms; statistics: (mean, squared deviations) of TILE columns of a row.
-  void *qkv, *context, *h1, *wide, *h;
+  void *qkv, *h1, *wide, *h;
   void *statistics1, *statistics;  // (rows, hidden / TILE) float2
   unsigned* counters;              // zeros: one for the grid, one for each group, COUNTER_STRIDE apart
   char* strips;                    // sums that groups exchange on chips without clusters
@@ -57,7 +57,6 @@ inline size_t lay_out(Params& p, char* base, bool clusters) {
   const size_t rows = size_t(s.batch) * s.length, row = rows * s.hidden * 2;
   p.counters = reinterpret_cast<unsigned*>(take(size_t(p.plan.groups + 1) * COUNTER_STRIDE * 4));
   p.qkv = take(3 * row);
-  p.context = take(row);
   p.h1 = take(row);
   p.h = take(row);
   p.wide = take(rows * s.intermediate * 2);

@@ -49,10 +49,12 @@ HD int features(const Shape& s, int product) {
 HD int steps(const Shape& s, int product) { return (product == DOWN ? s.intermediate : s.hidden) / STEP; }
 HD int tiles(const Shape& s, int product) { return features(s, product) / TILE; }
 
-// The steps of the inner dimension that the block of a rank multiplies.
-HD Slice slice(int steps, int rank) {
-  const int begin = steps * rank / GROUP;
-  return {begin, steps * (rank + 1) / GROUP - begin};
+// The steps of the inner dimension that the block of a rank multiplies. The hidden dimension is cut between heads,
+// since a block computes the context that it multiplies.
+HD Slice slice(const Shape& s, int product, int rank) {
+  const int of = product == DOWN ? steps(s, DOWN) : s.heads, each = product == DOWN ? 1 : s.head_dim / STEP;
+  const int begin = of * rank / GROUP;
+  return {begin * each, (of * (rank + 1) / GROUP - begin) * each};
 }
 
 // The hand of one group: tiles first, first + groups, ..., `count` of them.
@@ -73,47 +75,48 @@ struct Plan {
   int unit;          // steps of a stage: a stage of the ring holds TILE features x unit steps of a weight
   int stages;        // of the ring
   int x_units;       // units of activations in shared memory at once
-  int region_bytes;  // activations, then partial sums over them; in the attention phase query, key and value
+  int region_bytes;  // activations, then partial sums over them
   int shared_bytes;
 };
 
 HD int units(const Plan& p, int steps) { return ceil_div(steps, p.unit); }
 HD int stage_row_bytes(const Plan& p) { return p.unit * STEP * 2 + PAD; }
 HD int stage_bytes(const Plan& p) { return TILE * stage_row_bytes(p); }
-HD int x_row_bytes(const Plan& p) { return p.x_units * p.unit * STEP * 2 + PAD; }
+// Query, key and value of a slice lie side by side in a row.
+HD int x_row_bytes(const Plan& p) { return larger(p.x_units, 3) * p.unit * STEP * 2 + PAD; }
 
 // Warps share rows in groups of 16; the warps that are left over divide the inner dimension.
 HD int row_groups(int rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
-
-// Offsets in shared memory, after the ring's barriers.
-HD int statistics_offset() { return MAX_STAGES * 8; }                     // float2 a row: mean and 1 / deviation
-HD int positions_offset() { return statistics_offset() + MAX_ROWS * 8; }  // int a row of one sequence
-HD int region_offset() { return positions_offset() + MAX_ROWS * 4; }
-HD int ring_offset(const Plan& p) { return region_offset() + p.region_bytes; }
-
 HD int sums_bytes(int tiles) { return WARPS * 16 * tiles * SUM_STRIDE * 4; }
+
+// Shared memory: barriers of the ring, statistics of the rows, the maps of pack, the region, the ring.
+HD int statistics_offset() { return MAX_STAGES * 8; }
+HD int maps_offset() { return statistics_offset() + MAX_ROWS * 8; }
+HD int region_offset() { return round_up(maps_offset() + (3 * MAX_ROWS + 1) * 4, 128); }
+HD int ring_offset(const Plan& p) { return region_offset() + p.region_bytes; }
 
 // nullptr and a plan, or why there is none. blocks: resident at once; shared_limit: bytes of shared memory of a block.
 //
-// As many tiles at once as a hand has, and all activations of a phase at once, as long as the ring has room for twice
-// what is multiplied at once: then it runs ahead of the barriers.
-HD const char* make_plan(const Shape& s, int blocks, int shared_limit, Plan& p) {
-  p = Plan{blocks / GROUP * GROUP, blocks / GROUP, 0, 0, 0, 0, 0, 0};
+// A whole hand at once, and all activations of a phase, if the ring then has room for twice what is multiplied at once
+// and so runs ahead of the barriers; else first fewer activations, for as long a ring as can be had.
+HD const char* make_plan(const Shape& s, int blocks, int shared_limit, Plan& best) {
+  Plan p{blocks / GROUP * GROUP, blocks / GROUP, 0, 0, 0, 0, 0, 0};
   if (p.groups < 1) return "fewer blocks fit the device than one group has";
-  p.unit = ceil_div(steps(s, QKV), GROUP);
+  p.unit = ceil_div(s.heads, GROUP) * (s.head_dim / STEP);
   const int rows = round_up(s.batch * s.length, 16);
-  const int attention = 3 * round_up(s.length, 16) * (s.head_dim * 2 + PAD);
   int most = 1;
   for (int i = 0; i < PRODUCTS; ++i) most = larger(most, smaller(ROUND, ceil_div(tiles(s, i), p.groups)));
   for (p.round = most; p.round > 0; --p.round) {
+    best = p;
     for (p.x_units = units(p, ceil_div(steps(s, DOWN), GROUP)); p.x_units > 0; --p.x_units) {
-      p.region_bytes = round_up(larger(rows * x_row_bytes(p), larger(sums_bytes(p.round), attention)), 128);
+      p.region_bytes = round_up(larger(rows * x_row_bytes(p), sums_bytes(p.round)), 128);
       p.stages = smaller((shared_limit - ring_offset(p)) / stage_bytes(p), MAX_STAGES);
-      if (p.stages >= 2 * p.round) {
-        p.shared_bytes = ring_offset(p) + p.stages * stage_bytes(p);
-        return nullptr;
-      }
+      p.shared_bytes = ring_offset(p) + p.stages * stage_bytes(p);
+      if (p.stages > best.stages) best = p;
+      if (best.stages >= 2 * p.round) return nullptr;
     }
+    if (best.stages > p.round) return nullptr;
+    p.stages = 0;
   }
   return "a block's shared memory is too small";
 }

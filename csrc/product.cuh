@@ -1,8 +1,8 @@
 // One product: activations x weight tiles, sums over warps and blocks, and what is done with a sum.
 #pragma once
 
+#include "attention.cuh"
 #include "ring.cuh"
-#include "rows.cuh"
 
 namespace bert_fast {
 
@@ -139,20 +139,38 @@ __device__ inline void add_warps(Block& b, int count, const float (&sum)[ROUND][
   }
 }
 
-// One product of one layer; statistics of the rows to normalise are in place.
-template <class E>
-__device__ void multiply_all(Block& b, Ring& ring, int layer, int product, const Rows& x, const Epilogue& e) {
+// What one product of one layer reads and writes.
+struct Task {
+  Rows x;
+  Epilogue to;
+  const void* statistics = nullptr;  // of the tiles of x, where x is normalised
+  float eps = 0;
+};
+
+template <class E, int D>
+__device__ void multiply_all(Block& b, Ring& ring, int layer, int product, const Task& t) {
   const Plan& plan = b.p.plan;
   const Slice tiles = hand(b.p.shape, plan.groups, layer, product, b.group);
-  const Slice part = slice(steps(b.p.shape, product), b.peers.rank);
+  const Slice part = slice(b.p.shape, product, b.peers.rank);
+  bool merged = !t.x.gamma;
+  const auto merge = [&] {
+    if (merged) return;
+    merge_statistics(b, t.statistics, t.eps);
+    __syncthreads();
+    merged = true;
+  };
   for (int first = 0; first < tiles.count; first += plan.round) {
     const int count = smaller(plan.round, tiles.count - first);
+    if (product == OUT && part.count) {  // its rows are one unit
+      attend_all<E, D>(b, layer, part, b.p.probs && tiles.begin + first == 0);
+      __syncthreads();
+    }
     float sum[ROUND][2][4] = {};
     for (int unit = 0; unit * plan.unit < part.count; ++unit) {
       const int before = unit * plan.unit;
-      if (unit % plan.x_units == 0) {
+      if (product != OUT && unit % plan.x_units == 0) {
         const int held = smaller(plan.x_units * plan.unit, part.count - before);
-        load_rows<E>(b, x, (part.begin + before) * STEP, held * STEP);
+        load_rows<E, 1>(b, t.x, (part.begin + before) * STEP, held * STEP, merge);
         __syncthreads();
       }
       ring.wait(count);
@@ -168,7 +186,7 @@ __device__ void multiply_all(Block& b, Ring& ring, int layer, int product, const
       if (pair >= pairs) return;
       row = pair % b.rows;
       feature = (tiles.begin + (first + pair / b.rows) * plan.groups) * TILE + column;
-      given = load_given(b.p, layer, e, feature, row);
+      given = load_given(b.p, layer, t.to, feature, row);
     };
     prepare();
     add_warps(b, count, sum);
@@ -184,12 +202,13 @@ __device__ void multiply_all(Block& b, Ring& ring, int layer, int product, const
           y = make_float4(y.x + theirs.x, y.y + theirs.y, y.z + theirs.z, y.w + theirs.w);
         }
       }
-      finish<E>(b, e, given, y, feature, row, live);
+      finish<E>(b, t.to, given, y, feature, row, live);
       pair += pair_of(THREADS / 4, 0);
       prepare();
     }
     if (first + plan.round < tiles.count) b.peers.sync();  // before the region, or the strip, is written again
   }
+  merge();  // also where no rows were loaded: the residual of the next product is normalised with them
 }
 
 }  // namespace bert_fast

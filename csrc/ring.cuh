@@ -30,7 +30,7 @@ struct WeightOrder {
   __device__ void settle() {
     for (; !ended(); next_product()) {
       tiles = hand(p.shape, p.plan.groups, layer, product, group);
-      steps = slice(bert_fast::steps(p.shape, product), rank);
+      steps = slice(p.shape, product, rank);
       if (tiles.count && steps.count) return;
     }
   }

@@ -62,11 +62,22 @@ struct Rows {
   const void *gamma = nullptr, *beta = nullptr;  // of the LayerNorm on the way; null: none
 };
 
-// Columns begin .. begin + count of all rows into the region, in pieces of 8; all threads, then a __syncthreads.
 template <class E>
-__device__ void load_rows(Block& b, const Rows& x, int begin, int count) {
-  constexpr int BATCH = 8;  // loads in flight a thread, 16 bytes each: 32 rows of 512 columns at once
-  const int pieces = count / 8, stride = x_row_bytes(b.p.plan);
+__device__ uint4 normalised8(uint4 x, float2 statistics, uint4 gamma, uint4 beta) {
+  const float4 low = normalised4<E>(unpack4<E>(make_uint2(x.x, x.y)), statistics, make_uint2(gamma.x, gamma.y),
+                                    make_uint2(beta.x, beta.y));
+  const float4 high = normalised4<E>(unpack4<E>(make_uint2(x.z, x.w)), statistics, make_uint2(gamma.z, gamma.w),
+                                     make_uint2(beta.z, beta.w));
+  return make_uint4(E::pack(low.x, low.y), E::pack(low.z, low.w), E::pack(high.x, high.y), E::pack(high.z, high.w));
+}
+
+// Columns begin .. begin + count of all rows into the region, in pieces of 8; all threads, then a __syncthreads. PARTS:
+// matrices side by side in x, whose columns go side by side too. meanwhile() runs once, in all threads, behind the
+// first loads: the statistics that normalising waits for come from L2 as the rows do.
+template <class E, int PARTS, class Meanwhile>
+__device__ void load_rows(Block& b, const Rows& x, int begin, int count, const Meanwhile& meanwhile) {
+  constexpr int BATCH = 10;  // loads in flight a thread, 16 bytes each; with more, registers spill
+  const int pieces = count / 8, stride = x_row_bytes(b.p.plan), rows = b.rows * PARTS;
   const char* from = bytes(x.from) + begin * 2;
   int row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
   const auto next = [&](int& row, int& piece) {
@@ -74,30 +85,27 @@ __device__ void load_rows(Block& b, const Rows& x, int begin, int count) {
     piece += THREADS % pieces;
     if (piece >= pieces) piece -= pieces, ++row;
   };
-  while (row < b.rows) {
+  bool first = true;
+  do {
     uint4 loaded[BATCH];
     int r = row, c = piece;
 #pragma unroll
     for (int i = 0; i < BATCH; ++i, next(r, c))
-      if (r < b.rows) loaded[i] = load_16(from + (int64_t(r) * x.columns + c * 8) * 2);
+      if (r < rows) loaded[i] = load_16(from + (int64_t(r) * x.columns + c * 8) * 2);
+    if (first) meanwhile();
+    first = false;
 #pragma unroll
     for (int i = 0; i < BATCH; ++i, next(row, piece)) {
-      if (row >= b.rows) continue;
+      if (row >= rows) continue;
       uint4 v = loaded[i];
       if (x.gamma) {
         const int64_t at = (begin + piece * 8) * 2;
-        const uint4 gamma = *reinterpret_cast<const uint4*>(bytes(x.gamma) + at);
-        const uint4 beta = *reinterpret_cast<const uint4*>(bytes(x.beta) + at);
-        const float2 statistics = b.statistics[row];
-        const float4 low = normalised4<E>(unpack4<E>(make_uint2(v.x, v.y)), statistics, make_uint2(gamma.x, gamma.y),
-                                          make_uint2(beta.x, beta.y));
-        const float4 high = normalised4<E>(unpack4<E>(make_uint2(v.z, v.w)), statistics, make_uint2(gamma.z, gamma.w),
-                                           make_uint2(beta.z, beta.w));
-        v = make_uint4(E::pack(low.x, low.y), E::pack(low.z, low.w), E::pack(high.x, high.y), E::pack(high.z, high.w));
+        v = normalised8<E>(v, b.statistics[row], *reinterpret_cast<const uint4*>(bytes(x.gamma) + at),
+                           *reinterpret_cast<const uint4*>(bytes(x.beta) + at));
       }
-      *reinterpret_cast<uint4*>(b.region + row * stride + piece * 16) = v;
+      *reinterpret_cast<uint4*>(b.region + row / PARTS * stride + (row % PARTS * pieces + piece) * 16) = v;
     }
-  }
+  } while (row < rows);
 }
 
 // LayerNorm(h) in token order, zeros where a token is no row; statistics are in place.

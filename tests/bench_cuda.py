@@ -39,6 +39,9 @@ class _Event:
     def synchronize(self) -> None:
         pass
 
+    def query(self) -> bool:
+        return False
+
     def elapsed_time(self, end: _Event) -> float:
         return (end.at - self.at) * 1e3 + 1e-3
 
@@ -57,6 +60,7 @@ ANSWERS: dict[str, Any] = {
     "current_device": lambda: 0,
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
+    "_sleep": lambda cycles: None,
     "get_device_name": lambda device=None: "Pretended GPU",
     "get_device_properties": lambda device=None: PROPERTIES,
     "get_device_capability": lambda device=None: (9, 0),

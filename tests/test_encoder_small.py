@@ -155,8 +155,9 @@ def random_shape(r: random.Random) -> tuple[Shape, Launch]:
     heads = r.randint(1, 1024 // head_dim)
     B = r.choice([1, 2, 4, 7, 64])
     shape = Shape(r.randint(1, 3), heads * head_dim, 16 * r.randint(1, 256), heads, B, r.randint(1, 64 // B))
-    arch = r.choice(list(SHARED_LIMITS))
-    return shape, Launch(r.choice([4, 8, 30, 80, 108, 128, 132, 148, 170]), SHARED_LIMITS[arch])
+    # three slices of 64 rows, and a ring, must fit; the smallest shared memory holds them up to BERT-base
+    archs = [arch for arch in SHARED_LIMITS if arch != 120 or -(-heads // 4) * head_dim <= 192]
+    return shape, Launch(r.choice([4, 8, 30, 80, 108, 128, 132, 148, 170]), SHARED_LIMITS[r.choice(archs)])
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -167,7 +168,7 @@ def test_the_plan_covers_everything_once(part: int) -> None:
         shape, launch = random_shape(r)
         where = f"{shape}, {launch}"
         p = plan(shape, launch)
-        assert p["shared_bytes"] <= launch.shared_limit and p["stages"] >= 2 * p["round"], where
+        assert p["shared_bytes"] <= launch.shared_limit and p["stages"] > p["round"], where
         assert p["blocks"] == 4 * p["groups"] and launch.blocks - 4 < p["blocks"] <= launch.blocks, where
         tiles = torch.tensor([3 * shape.hidden, shape.hidden, shape.intermediate, shape.hidden]) // 16
         steps = torch.tensor([shape.hidden, shape.hidden, shape.hidden, shape.intermediate]) // 16
@@ -193,11 +194,13 @@ def test_the_plan_covers_everything_once(part: int) -> None:
 
 
 def test_weights_are_streamed_evenly() -> None:
-    """BERT-base on the 132 multiprocessors of an H100: no block streams 5% more than its share."""
+    """BERT-base on 132 multiprocessors: no block streams 5% more than its share, and a round is a whole hand."""
     shape, launch = Shape(12, 768, 3072, 12, 1, 32), Launch(blocks=132)
     work = stages(shape, launch)
     bytes_of = torch.bincount(work[:, 0], weights=work[:, 5].double())
     assert bytes_of.max() < 1.05 * bytes_of.mean()
+    found = plan(shape, launch)
+    assert found["round"] == 6 and found["x_units"] == 4 and found["stages"] * found["unit"] >= work[0:6, 5].sum() * 3
 
 
 def test_there_is_no_plan() -> None:
@@ -205,5 +208,5 @@ def test_there_is_no_plan() -> None:
     with pytest.raises(RuntimeError, match="fewer blocks fit the device than one group has"):
         plan(shape, Launch(blocks=3))
     with pytest.raises(RuntimeError, match="shared memory is too small"):
-        plan(shape, Launch(shared_limit=49152))
+        plan(shape, Launch(shared_limit=SHARED_LIMITS[120]))
     assert plan(shape, Launch(132))["round"] == 8
