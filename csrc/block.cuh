@@ -14,7 +14,8 @@ struct Block {
   Group<GROUP> peers;
   int group;
   int rows;            // of all sequences; the host knows only that they are batch * length at most
-  unsigned passed;     // grid barriers, in blocks
+  int row_bits;        // 1 << row_bits: rows of all warps that share them, 16, 32 or 64
+  unsigned arrivals;   // at the grid's counter that complete the barrier at hand
   float2* statistics;  // of the rows that were normalised last
   int* starts;         // of the sequences, as cu_seqlens
   int* keys;           // of the sequences
@@ -27,7 +28,8 @@ struct Block {
     const int64_t strip = strip_bytes(p.shape);
     peers = {rank, p.strips + strip * GROUP * group, strip, p.counters + (group + 1) * COUNTER_STRIDE, 0};
     rows = p.cu_seqlens[p.shape.batch];
-    passed = 0;
+    row_bits = bert_fast::row_bits(rows);
+    arrivals = 0;
     char* memory = shared_memory();
     statistics = reinterpret_cast<float2*>(memory + statistics_offset());
     starts = reinterpret_cast<int*>(memory + maps_offset());
@@ -50,10 +52,12 @@ struct Block {
     }
   }
 
-  __device__ void grid_sync() {
-    passed += gridDim.x;
-    counted_barrier(p.counters, passed);
+  // The barrier of the grid; what lies between its halves costs nothing, as long as the slowest block is awaited.
+  __device__ void arrive() {
+    arrivals += gridDim.x;
+    arrive_at(p.counters);
   }
+  __device__ void wait() const { wait_at(p.counters, arrivals); }
 };
 
 }  // namespace bert_fast

@@ -39,16 +39,15 @@ inline const char* name_of(ScalarType type) {
 }
 
 // Dense, of this shape and dtype, on the same device as `like`, at a multiple of `alignment` bytes.
-inline void check(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType type,
+inline void check(const char* op, const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType type,
                   const Tensor& like, int alignment) {
   const std::vector<int64_t> found = shape_of(x);
   const bool same_device = x.get_device() == like.get_device() && x.is_cuda() == like.is_cuda();
   const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % alignment == 0;
-  STD_TORCH_CHECK(found == shape && x.scalar_type() == type && x.is_contiguous() && same_device && aligned,
-                  "encoder_small: ", name, " is ", text(found), " ", name_of(x.scalar_type()),
-                  x.is_contiguous() ? "" : ", not contiguous", same_device ? "" : ", on another device than x",
-                  aligned ? "" : ", unaligned", ", expected ", text(shape), " ", name_of(type), " in units of ",
-                  alignment, " bytes");
+  STD_TORCH_CHECK(found == shape && x.scalar_type() == type && x.is_contiguous() && same_device && aligned, op, ": ",
+                  name, " is ", text(found), " ", name_of(x.scalar_type()), x.is_contiguous() ? "" : ", not contiguous",
+                  same_device ? "" : ", on another device than x", aligned ? "" : ", unaligned", ", expected ",
+                  text(shape), " ", name_of(type), " in units of ", alignment, " bytes");
 }
 
 }  // namespace bert_fast

@@ -120,11 +120,17 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   } while (!done);
 }
 
-// All threads of all blocks that count up to `target` at `counter`: what they wrote before is visible after.
-__device__ inline void counted_barrier(unsigned* counter, unsigned target) {
+// A barrier of blocks in two halves: each arrives at `counter`, then waits until `target` arrivals have been counted.
+// What any thread of an arrived block has written before is then visible to all threads of the waiting one:
+// __syncthreads orders it before thread 0's release, and thread 0's acquire before what follows the other
+// __syncthreads.
+__device__ inline void arrive_at(unsigned* counter) {
   __syncthreads();
+  if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ inline void wait_at(unsigned* counter, unsigned target) {
   if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     unsigned seen;
     do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
@@ -164,12 +170,19 @@ struct Group {
 #endif
   }
 
+  // What the blocks have put at `own` is there for `of` and `read` after; nothing else is ordered. (A barrier with
+  // .release would have every warp wait for its global stores, and for the copies of weights on their way.)
   __device__ void sync() {
 #if BERT_FAST_CLUSTERS
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile(
+        "fence.release.sync_restrict::shared::cta.cluster;\n"
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
 #else
     target += SIZE;
-    counted_barrier(counter, target);
+    arrive_at(counter);
+    wait_at(counter, target);
 #endif
   }
 };

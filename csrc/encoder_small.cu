@@ -1,10 +1,12 @@
 // The host's side of encoder_small: checks, the plan for the device at hand, one cooperative launch.
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <map>
@@ -15,9 +17,6 @@
 #include "encoder_small.cuh"
 #include "encoder_small_op.h"
 
-// Absent from a CPU build of torch, under which this file loads as well.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 namespace bert_fast {
 namespace {
 
@@ -25,6 +24,18 @@ using Kernel = void (*)(Params);
 
 void check_cuda(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, "encoder_small: ", what, ": ", cudaGetErrorString(status));
+}
+
+// torch's function for the current stream. It is in libtorch_cuda, which a CPU build of torch, under which this file
+// loads as well, lacks: so it is looked up and not linked.
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  return found;
 }
 
 template <class E>
@@ -40,20 +51,19 @@ struct Device {
   bool clusters;
 };
 
+// A launch of whole groups, as clusters where the device has them; `attributes` has room for one more.
 cudaLaunchConfig_t launch_config(const Device& device, int blocks, int shared_bytes, cudaStream_t stream,
                                  std::array<cudaLaunchAttribute, 2>& attributes) {
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = GROUP;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = GROUP;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes.data();
-  config.numAttrs = device.clusters ? 2 : 1;
+  config.numAttrs = device.clusters ? 1 : 0;
   return config;
 }
 
@@ -70,6 +80,7 @@ Device query(Kernel kernel, int index) {
   const void* function = reinterpret_cast<const void*>(kernel);
   check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit),
              "shared memory");
+  if (multiprocessors < GROUP) return device;
   if (device.clusters) {
     std::array<cudaLaunchAttribute, 2> attributes;
     const cudaLaunchConfig_t config =
@@ -112,17 +123,12 @@ std::string shape_reason(const Shape& s) {
   return why.str();
 }
 
-int whole(int64_t n) { return int(std::min<int64_t>(n, 1 << 20)); }  // past all limits, and small enough to multiply
+int whole(int64_t n) { return int(std::clamp<int64_t>(n, -1, 1 << 15)); }  // past all limits, two of them in an int
 
 Shape shape_from(int64_t layers, int64_t hidden, int64_t intermediate, int64_t heads, int64_t batch, int64_t length) {
   const int64_t head_dim = heads > 0 ? hidden / heads : 0;
-  return {whole(layers),
-          whole(hidden),
-          whole(intermediate),
-          whole(heads),
-          whole(head_dim),
-          smaller(whole(batch), 1024),
-          smaller(whole(length), 1024)};
+  return {whole(layers),   whole(hidden), whole(intermediate), whole(heads),
+          whole(head_dim), whole(batch),  whole(length)};
 }
 
 }  // namespace
@@ -132,12 +138,18 @@ std::string encoder_small_reason(int64_t device, int64_t layers, int64_t hidden,
   const Shape shape = shape_from(layers, hidden, intermediate, heads, batch, length);
   std::string why = shape_reason(shape);
   if (!why.empty()) return why;
-  if (!aoti_torch_get_current_cuda_stream) return "this torch has no CUDA";
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Device found = device_of(kernel_of<Bf16>(shape.head_dim), device);
-  Plan plan;
-  const char* problem = make_plan(shape, found.blocks, found.shared_limit, plan);
-  return problem ? problem : "";
+  if (!current_stream()) return "this torch has no CUDA";
+  try {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    device_of(kernel_of<Fp16>(shape.head_dim), device);  // loads that kernel too, which a capture may not allow
+    const Device found = device_of(kernel_of<Bf16>(shape.head_dim), device);
+    Plan plan;
+    const char* problem = make_plan(shape, found.blocks, found.shared_limit, plan);
+    return problem ? problem : "";
+  } catch (const std::exception& error) {  // a chip or a driver for which there is no code here
+    const std::string all = error.what();
+    return all.substr(0, all.find('\n'));
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> encoder_small(Tensor x, Tensor token, Tensor cu_seqlens, Tensor kv_len,
@@ -166,10 +178,10 @@ std::tuple<Tensor, Tensor, Tensor> encoder_small(Tensor x, Tensor token, Tensor 
   const std::string why = shape_reason(p.shape);
   STD_TORCH_CHECK(why.empty(), "encoder_small: ", why);
 
-  check("x", x, {rows, hidden}, type, x, 16);
-  check("token", token, {rows}, ScalarType::Int, x, 4);
-  check("cu_seqlens", cu_seqlens, {batch + 1}, ScalarType::Int, x, 4);
-  check("kv_len", kv_len, {batch}, ScalarType::Int, x, 4);
+  check("encoder_small", "x", x, {rows, hidden}, type, x, 16);
+  check("encoder_small", "token", token, {rows}, ScalarType::Int, x, 4);
+  check("encoder_small", "cu_seqlens", cu_seqlens, {batch + 1}, ScalarType::Int, x, 4);
+  check("encoder_small", "kv_len", kv_len, {batch}, ScalarType::Int, x, 4);
   const char* names[] = {"query.weight", "key.weight",
                          "value.weight", "attention output.weight",
                          "up.weight",    "down.weight",
@@ -184,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> encoder_small(Tensor x, Tensor token, Tensor 
     std::vector<int64_t> shape = {wide ? intermediate : hidden};
     if (vector < 0) shape.push_back(which == DOWN_WEIGHT ? intermediate : hidden);
     const std::string name = "layer " + std::to_string(layer) + " " + names[which];
-    check(name.c_str(), parameters[i], shape, type, x, 16);
+    check("encoder_small", name.c_str(), parameters[i], shape, type, x, 16);
     const void* at = parameters[i].const_data_ptr();
     (vector < 0 ? p.layers[layer].weight[which] : p.layers[layer].vector[vector]) = at;
   }
@@ -192,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> encoder_small(Tensor x, Tensor token, Tensor 
     p.layers[i].eps1 = eps[2 * i];
     p.layers[i].eps2 = eps[2 * i + 1];
   }
-  STD_TORCH_CHECK(x.is_cuda() && aoti_torch_get_current_cuda_stream,
+  STD_TORCH_CHECK(x.is_cuda() && current_stream(),
                   "encoder_small: x is not on a CUDA device, where its only body runs");
 
   const int32_t index = x.get_device();
@@ -223,11 +235,14 @@ std::tuple<Tensor, Tensor, Tensor> encoder_small(Tensor x, Tensor token, Tensor 
   p.probs = want_probs ? probs.mutable_data_ptr() : nullptr;
 
   void* stream = nullptr;
-  STD_TORCH_CHECK(!aoti_torch_get_current_cuda_stream(index, &stream), "encoder_small: no current stream");
+  STD_TORCH_CHECK(!current_stream()(index, &stream), "encoder_small: no current stream");
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   check_cuda(cudaMemsetAsync(p.counters, 0, size_t(p.plan.groups + 1) * COUNTER_STRIDE * 4, on), "memset");
   std::array<cudaLaunchAttribute, 2> attributes;
-  const cudaLaunchConfig_t config = launch_config(device, p.plan.blocks, p.plan.shared_bytes, on, attributes);
+  cudaLaunchConfig_t config = launch_config(device, p.plan.blocks, p.plan.shared_bytes, on, attributes);
+  attributes[config.numAttrs].id =
+      cudaLaunchAttributeCooperative;  // all blocks at once or none: they wait for each other
+  attributes[config.numAttrs++].val.cooperative = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, p), "launch");
   return {last, states, probs};
 }

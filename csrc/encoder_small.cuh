@@ -40,40 +40,56 @@ __device__ inline void prefetch_vectors(const Params& p, int layer) {
   }
 }
 
-// The embeddings are normalised already.
-__device__ inline Task task(const Params& p, int layer, int product) {
+__device__ inline Task task(const Block& b, int layer, int product) {
+  const Params& p = b.p;
   const int hidden = p.shape.hidden, wide = p.shape.intermediate;
-  const Layer& own = p.layers[layer];
-  const void* const* v = own.vector;
-  Rows h = {p.x, hidden, nullptr, nullptr};
+  const void* const* v = p.layers[layer].vector;
+  Rows h = {p.x, hidden};  // the embeddings are normalised already
+  float eps = p.layers[layer].eps1;
   if (layer > 0) h = {p.h, hidden, p.layers[layer - 1].vector[GAMMA2], p.layers[layer - 1].vector[BETA2]};
+  if (layer > 0 && product == QKV) eps = p.layers[layer - 1].eps2;
   const Rows h1 = {p.h1, hidden, v[GAMMA1], v[BETA1]};
+  const Slice tiles = hand(p.shape, p.plan.groups, layer, product, b.group);
+  const Slice part = slice(p.shape, product, b.peers.rank);
   switch (product) {
-    case QKV:
-      return {h, {nullptr, hidden, p.qkv, 3 * hidden, -1}, p.statistics, layer > 0 ? p.layers[layer - 1].eps2 : 0};
+    case QKV: return {layer, product, tiles, part, h, p.statistics, eps, {v + QUERY_BIAS, hidden, p.qkv, 3 * hidden}};
     case OUT:
-      return {{nullptr, hidden}, {v[OUT_BIAS], hidden, p.h1, hidden, -1, h.from, h.gamma, h.beta, p.statistics1}};
-    case UP: return {h1, {v[UP_BIAS], wide, p.wide, wide, p.activation}, p.statistics1, own.eps1};
-    default: return {{p.wide, wide}, {v[DOWN_BIAS], hidden, p.h, hidden, -1, h1.from, h1.gamma, h1.beta, p.statistics}};
+      return {layer, product, tiles, part,
+              {},    nullptr, 0,     {v + OUT_BIAS, hidden, p.h1, hidden, -1, h.from, h.gamma, h.beta, p.statistics1}};
+    case UP:
+      return {layer, product, tiles, part, h1, p.statistics1, eps, {v + UP_BIAS, wide, p.wide, wide, p.activation}};
+    default:
+      return {layer,
+              product,
+              tiles,
+              part,
+              {p.wide, wide},
+              nullptr,
+              0,
+              {v + DOWN_BIAS, hidden, p.h, hidden, -1, h1.from, h1.gamma, h1.beta, p.statistics}};
   }
 }
 
 template <class E, int D>
 __global__ void __launch_bounds__(THREADS, 1) encoder_small_kernel(const __grid_constant__ Params p) {
   Block b(p);
+  Task& t = *reinterpret_cast<Task*>(shared_memory() + task_offset());
+  if (threadIdx.x == 0) t = task(b, 0, QKV);
   Ring ring(b);
   prefetch_vectors(p, 0);
-  for (int layer = 0; layer < p.shape.layers; ++layer) {
-    prefetch_vectors(p, layer + 1);
-    for (int product = 0; product < PRODUCTS; ++product) {
-      const Task t = task(p, layer, product);
-      multiply_all<E, D>(b, ring, layer, product, t);
-      if (product == QKV && layer > 0 && p.hidden) {
-        const int64_t size = int64_t(p.shape.batch) * p.shape.length * p.shape.hidden * 2;
-        store_normalised<E>(b, bytes(p.hidden) + (layer - 1) * size, t.x.gamma, t.x.beta);
-      }
-      b.grid_sync();
+  for (int layer = 0, product = QKV; layer < p.shape.layers;) {
+    run<E, D>(b, ring, t);
+    if (product == QKV && layer > 0 && p.hidden) {
+      const int64_t size = int64_t(p.shape.batch) * p.shape.length * p.shape.hidden * 2;
+      store_normalised<E>(b, bytes(p.hidden) + (layer - 1) * size, t.x.gamma, t.x.beta);
     }
+    b.arrive();
+    if (product == QKV) prefetch_vectors(p, layer + 1);
+    layer += product == DOWN;
+    product = (product + 1) % PRODUCTS;
+    if (threadIdx.x == THREADS - 1 && layer < p.shape.layers) t = task(b, layer, product);
+    ring.fill();
+    b.wait();
   }
   const Layer& last = p.layers[p.shape.layers - 1];
   merge_statistics(b, p.statistics, last.eps2);

@@ -43,7 +43,7 @@ constexpr int COUNTER_STRIDE = 32;  // a line of L2 each
 static_assert(sizeof(Params) <= 4096, "a kernel's parameters are 4 KB at most");
 
 // Sums of a block that the others of its group read.
-HD int64_t strip_bytes(const Shape& s) { return int64_t(16) * row_groups(s.batch * s.length) * ROUND * SUM_STRIDE * 4; }
+HD int64_t strip_bytes(const Shape& s) { return int64_t(ROUND) * SUM_STRIDE * 4 << row_bits(s.batch * s.length); }
 
 // Lays the workspace out in memory at `base` (may be null) and returns its size.
 inline size_t lay_out(Params& p, char* base, bool clusters) {

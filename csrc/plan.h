@@ -1,10 +1,18 @@
 // Who computes what in encoder_small: pure functions of a model's shape and of the number of blocks, for host and
 // device.
 //
-// A product (features x inner, the weight's shape) is cut into tiles of TILE features. Tiles are dealt to groups of
-// GROUP blocks like cards, each product going on where the one before stopped, so that no group streams more weights
-// than others in the long run. Within a group each block has a slice of the inner dimension; their sums are added, and
-// stored, once, by the block whose turn it is.
+// Words, and BERT-base's numbers on 128 blocks:
+//   product  x (rows, inner) times a weight (features, inner); four a layer: QKV, OUT, UP, DOWN
+//   tile     16 features of a weight                                                                 144, 48, 192, 48
+//   group    four blocks that share tiles, a cluster where the chip has clusters                                   32
+//   hand     a group's tiles of one product. Tiles are dealt like cards, each product going on where the one before
+//            stopped, so that in the long run no group streams more weights than another                   at most 6
+//   round    tiles that a block multiplies at once, their sums in registers: the largest hand, if memory allows     6
+//   step     16 columns of the inner dimension, those of one tensor-core product                    48, in DOWN 192
+//   slice    the steps of one block of a group                                                        12, in DOWN 48
+//   unit     steps of a tile in one stage of the ring of weights: a slice, in DOWN a part of it                    12
+//   part     steps of a unit that one warp multiplies, where rows do not occupy all warps
+//   pair     (tile of a round, row): the four blocks' sums for it are added and stored by one of them
 #pragma once
 
 #ifndef __CUDACC__
@@ -66,7 +74,7 @@ HD Slice hand(const Shape& s, int groups, int layer, int product, int group) {
   return {first, first < all ? ceil_div(all - first, groups) : 0};
 }
 
-// Pairs (tile of a round, row) number pair_of(0, rank), pair_of(1, rank), ... are stored by the block of a rank.
+// Pairs number pair_of(0, rank), pair_of(1, rank), ... are those of the block of a rank.
 HD int pair_of(int place, int rank) { return place * GROUP + rank; }
 
 struct Plan {
@@ -85,12 +93,14 @@ HD int stage_bytes(const Plan& p) { return TILE * stage_row_bytes(p); }
 // Query, key and value of a slice lie side by side in a row.
 HD int x_row_bytes(const Plan& p) { return larger(p.x_units, 3) * p.unit * STEP * 2 + PAD; }
 
-// Warps share rows in groups of 16; the warps that are left over divide the inner dimension.
-HD int row_groups(int rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
+// Rows are divided into 16 for a warp, rounded up to 16, 32 or 64; the warps that are left over divide the steps.
+HD int row_bits(int rows) { return rows <= 16 ? 4 : rows <= 32 ? 5 : 6; }
 HD int sums_bytes(int tiles) { return WARPS * 16 * tiles * SUM_STRIDE * 4; }
 
-// Shared memory: barriers of the ring, statistics of the rows, the maps of pack, the region, the ring.
-HD int statistics_offset() { return MAX_STAGES * 8; }
+// Shared memory: barriers of the ring, the task at hand, statistics of the rows, the maps of pack, the region, the ring.
+constexpr int TASK_BYTES = 256;  // at most
+HD int task_offset() { return MAX_STAGES * 8; }
+HD int statistics_offset() { return task_offset() + TASK_BYTES; }
 HD int maps_offset() { return statistics_offset() + MAX_ROWS * 8; }
 HD int region_offset() { return round_up(maps_offset() + (3 * MAX_ROWS + 1) * 4, 128); }
 HD int ring_offset(const Plan& p) { return region_offset() + p.region_bytes; }

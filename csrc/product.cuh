@@ -6,18 +6,9 @@
 
 namespace bert_fast {
 
-__device__ inline float activate(float x, int activation) {
-  switch (activation) {
-    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case GELU_TANH: return x / (1 + expf(-1.59576912f * (x + 0.044715f * x * x * x)));  // 0.5 + 0.5 tanh is a sigmoid
-    case RELU: return x > 0 || x != x ? x : 0;                                          // NaN stays
-    default: return x / (1 + expf(-x));
-  }
-}
-
 // What becomes of four sums of one row: y = act(sum + bias) or, with a residual, sum + bias + LayerNorm(residual).
 struct Epilogue {
-  const void* bias;  // of the features of one weight
+  const void* const* bias;  // one for every weight_features features
   int weight_features;
   void* to;  // (rows, columns)
   int columns;
@@ -27,20 +18,50 @@ struct Epilogue {
   void* statistics = nullptr;                    // (rows, columns / TILE) float2 of y, with a residual
 };
 
-// Of one row, what the epilogue of four features reads.
+// One product of one layer: what is read, what is written, and this block's share. In shared memory, since it would
+// take half of a thread's registers.
+struct Task {
+  int layer, product;
+  Slice tiles, part;       // the group's hand, the block's slice
+  Rows x;                  // nothing in OUT
+  const void* statistics;  // of the tiles of x, where x is normalised
+  float eps;
+  Epilogue to;
+};
+
+static_assert(sizeof(Task) <= TASK_BYTES);
+
+template <float (*F)(float)>
+__device__ float4 each(float4 x) {
+  return make_float4(F(x.x), F(x.y), F(x.z), F(x.w));
+}
+
+__device__ inline float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
+// 0.5 + 0.5 tanh(u) is sigmoid(2 u)
+__device__ inline float gelu_tanh(float x) { return x / (1 + expf(-1.59576912f * (x + 0.044715f * x * x * x))); }
+__device__ inline float relu(float x) { return x > 0 || x != x ? x : 0; }  // NaN stays
+__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
+
+__device__ inline float4 activate(float4 x, int activation) {
+  switch (activation) {
+    case GELU: return each<gelu>(x);
+    case GELU_TANH: return each<gelu_tanh>(x);
+    case RELU: return each<relu>(x);
+    default: return each<silu>(x);
+  }
+}
+
+__device__ inline float4 add(float4 x, float4 y) { return make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w); }
+
+// What the epilogue of four features of one row reads.
 struct Given {
   uint2 bias, residual, gamma, beta;
 };
 
-__device__ inline Given load_given(const Params& p, int layer, const Epilogue& e, int feature, int row) {
+__device__ inline Given load_given(const Epilogue& e, int feature, int row) {
   Given g{};
-  const char* bias = bytes(e.bias);
-  int within = feature;
-  if (e.weight_features < e.columns) {  // three weights side by side
-    bias = bytes(p.layers[layer].vector[QUERY_BIAS + feature / e.weight_features]);
-    within = feature % e.weight_features;
-  }
-  g.bias = *reinterpret_cast<const uint2*>(bias + within * 2);
+  const int which = (feature >= e.weight_features) + (feature >= 2 * e.weight_features);
+  g.bias = *reinterpret_cast<const uint2*>(bytes(e.bias[which]) + (feature - which * e.weight_features) * 2);
   if (e.residual) g.residual = load_8(bytes(e.residual) + (int64_t(row) * e.columns + feature) * 2);
   if (e.gamma) {
     g.gamma = *reinterpret_cast<const uint2*>(bytes(e.gamma) + feature * 2);
@@ -49,19 +70,16 @@ __device__ inline Given load_given(const Params& p, int layer, const Epilogue& e
   return g;
 }
 
-// Four lanes have the 16 features of a tile in one row.
+// Four neighbouring lanes have the 16 features of a tile in one row; all lanes of the warp, live or not.
 template <class E>
-__device__ void finish(Block& b, const Epilogue& e, const Given& given, float4 y, int feature, int row, bool live) {
-  const float4 bias = unpack4<E>(given.bias);
-  y = make_float4(y.x + bias.x, y.y + bias.y, y.z + bias.z, y.w + bias.w);
-  if (e.activation >= 0) {
-    y = make_float4(activate(y.x, e.activation), activate(y.y, e.activation), activate(y.z, e.activation),
-                    activate(y.w, e.activation));
-  }
+__device__ void finish(const Block& b, const Epilogue& e, const Given& given, float4 y, int feature, int row,
+                       bool live) {
+  y = add(y, unpack4<E>(given.bias));
+  if (e.activation >= 0) y = activate(y, e.activation);
   if (e.residual) {
     float4 r = unpack4<E>(given.residual);
     if (e.gamma && live) r = normalised4<E>(r, b.statistics[row], given.gamma, given.beta);
-    y = make_float4(y.x + r.x, y.y + r.y, y.z + r.z, y.w + r.w);
+    y = add(y, r);
     float mean = y.x + y.y + y.z + y.w;
     for (int i = 1; i < 4; i *= 2) mean += shfl_xor(mean, i);
     mean /= TILE;
@@ -76,82 +94,117 @@ __device__ void finish(Block& b, const Epilogue& e, const Given& given, float4 y
   if (live) store4<E>(bytes(e.to) + (int64_t(row) * e.columns + feature) * 2, y);
 }
 
-// The sums of a round over this warp's part of one unit: 16 rows x `count` tiles.
-template <class E>
-__device__ void multiply(const Block& b, const Ring& ring, int count, int unit, int done, float (&sum)[ROUND][2][4]) {
+// Sums of a block's warps: 16 rows (two of the tensor cores' right operands) x up to ROUND tiles.
+using Sums = float[ROUND][2][4];
+
+// Adds one unit of COUNT tiles: this warp's 16 rows, its part of the `steps`. x: the unit's columns in the region;
+// before: steps of the units before.
+template <class E, int COUNT>
+__device__ void multiply(const Block& b, const Ring& ring, const char* x, int before, int steps, Sums& sum) {
   const Plan& plan = b.p.plan;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int groups = row_groups(b.rows), parts = WARPS / groups;
+  const int groups = 1 << (b.row_bits - 4), parts = WARPS / groups;  // powers of two
   const int row = warp % groups * 16, part = warp / groups;
   if (row >= b.rows) return;
   // Rows are the right operand, features the left: a few rows fill the narrow side of a tensor-core product.
-  const char* x = b.region + (row + lane / 16 * 8 + lane % 8) * x_row_bytes(plan) + lane / 8 % 2 * 16;
-  const int w = lane % 16 * stage_row_bytes(plan) + lane / 16 * 16;
-  const int resident = unit % plan.x_units * plan.unit;
-  // Parts take turns over all units, so that none has the odd step of each.
-  for (int k = (part + parts - unit * plan.unit % parts) % parts; k < done; k += parts) {
-    uint32_t rows[4];
-    ldmatrix_x4(rows, x + (resident + k) * STEP * 2);
+  x += (row + lane / 16 * 8 + lane % 8) * x_row_bytes(plan) + lane / 8 % 2 * 16;
+  const char* w = ring.memory + lane % 16 * stage_row_bytes(plan) + lane / 16 * 16;
+  // Parts take turns through all units, so that none has the odd step of each: after 6 steps of 4 parts, part 2 is
+  // next.
+  for (int k = (part - before) & (parts - 1); k < steps; k += parts) {
+    uint32_t rows[4], tile[COUNT][4];
+    ldmatrix_x4(rows, x + k * STEP * 2);
 #pragma unroll
-    for (int t = 0; t < ROUND; ++t) {
-      if (t < count) {
-        uint32_t tile[4];
-        ldmatrix_x4(tile, ring.memory + ring.stage(t) * stage_bytes(plan) + w + k * STEP * 2);
-        E::mma(sum[t][0], tile, rows[0], rows[1]);
-        E::mma(sum[t][1], tile, rows[2], rows[3]);
-      }
+    for (int t = 0; t < COUNT; ++t) ldmatrix_x4(tile[t], w + ring.stage(t) * stage_bytes(plan) + k * STEP * 2);
+#pragma unroll
+    for (int t = 0; t < COUNT; ++t) {
+      E::mma(sum[t][0], tile[t], rows[0], rows[1]);
+      E::mma(sum[t][1], tile[t], rows[2], rows[3]);
     }
   }
 }
 
-// Sums of all warps of the block, (tile, row, SUM_STRIDE), where the group reads them.
-__device__ inline void add_warps(Block& b, int count, const float (&sum)[ROUND][2][4]) {
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int groups = row_groups(b.rows), parts = WARPS / groups, height = groups * 16;
+template <class E>
+__device__ void multiply(const Block& b, const Ring& ring, int count, const char* x, int before, int steps, Sums& sum) {
+  switch (count) {  // so that the loads of all tiles are in flight together
+    case 1: return multiply<E, 1>(b, ring, x, before, steps, sum);
+    case 2: return multiply<E, 2>(b, ring, x, before, steps, sum);
+    case 3: return multiply<E, 3>(b, ring, x, before, steps, sum);
+    case 4: return multiply<E, 4>(b, ring, x, before, steps, sum);
+    case 5: return multiply<E, 5>(b, ring, x, before, steps, sum);
+    case 6: return multiply<E, 6>(b, ring, x, before, steps, sum);
+    case 7: return multiply<E, 7>(b, ring, x, before, steps, sum);
+    default: return multiply<E, ROUND>(b, ring, x, before, steps, sum);
+  }
+}
+
+// Sums of all warps of the block, (tile, row, SUM_STRIDE), to where the group reads them. Rows past the last hold
+// anything, and are read by nobody.
+__device__ inline void add_warps(const Block& b, int count, const Sums& sum) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, bits = b.row_bits;
+  const int groups = 1 << (bits - 4), parts = WARPS / groups;
   float* sums = reinterpret_cast<float*>(b.region);
   const int row = warp % groups * 16 + lane % 4 * 2, part = warp / groups;
-  if (warp % groups * 16 < b.rows) {
 #pragma unroll
-    for (int t = 0; t < ROUND; ++t) {
-      if (t < count) {
-        float* to = sums + ((part * count + t) * height + row) * SUM_STRIDE + lane / 4;
+  for (int t = 0; t < ROUND; ++t) {
+    if (t < count) {
+      float* to = sums + (((part * count + t) << bits) + row) * SUM_STRIDE + lane / 4;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float* at = to + half * 8 * SUM_STRIDE;
-          at[0] = sum[t][half][0];
-          at[SUM_STRIDE] = sum[t][half][1];
-          at[8] = sum[t][half][2];
-          at[SUM_STRIDE + 8] = sum[t][half][3];
-        }
+      for (int half = 0; half < 2; ++half) {
+        float* at = to + half * 8 * SUM_STRIDE;
+        at[0] = sum[t][half][0];
+        at[SUM_STRIDE] = sum[t][half][1];
+        at[8] = sum[t][half][2];
+        at[SUM_STRIDE + 8] = sum[t][half][3];
       }
     }
   }
   __syncthreads();
   char* own = b.peers.own(b.region);
-  for (int i = threadIdx.x; i < count * b.rows * 4; i += THREADS) {
-    const int pair = i / 4, at = (pair / b.rows * height + pair % b.rows) * SUM_STRIDE + i % 4 * 4;
+  for (int i = threadIdx.x; i < count << bits << 2; i += THREADS) {
+    const int at = i / 4 * SUM_STRIDE + i % 4 * 4;
     float4 total = *reinterpret_cast<float4*>(sums + at);
-    for (int part = 1; part < parts; ++part) {
-      const float4 more = *reinterpret_cast<float4*>(sums + part * count * height * SUM_STRIDE + at);
-      total = make_float4(total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w);
-    }
+    for (int part = 1; part < parts; ++part)
+      total = add(total, *reinterpret_cast<float4*>(sums + (part * count << bits) * SUM_STRIDE + at));
     *reinterpret_cast<float4*>(own + at * 4) = total;  // in place within a cluster: this thread alone has read it
   }
 }
 
-// What one product of one layer reads and writes.
-struct Task {
-  Rows x;
-  Epilogue to;
-  const void* statistics = nullptr;  // of the tiles of x, where x is normalised
-  float eps = 0;
-};
+// Adds the sums of the group's blocks and stores what the epilogue makes of them. `first`: the round's, in the hand.
+template <class E>
+__device__ void add_blocks(Block& b, const Task& t, int first, int count, const Sums& sum) {
+  // Four lanes a pair; what does not depend on the sums is loaded before they are waited for.
+  const int pairs = count << b.row_bits, column = threadIdx.x % 4 * 4;
+  int pair = pair_of(threadIdx.x / 4, b.peers.rank), feature = 0, row = 0;
+  bool live = false;
+  Given given{};
+  const auto prepare = [&] {
+    row = pair & ((1 << b.row_bits) - 1);
+    live = pair < pairs && row < b.rows;
+    if (!live) return;
+    feature = (t.tiles.begin + (first + (pair >> b.row_bits)) * b.p.plan.groups) * TILE + column;
+    given = load_given(t.to, feature, row);
+  };
+  prepare();
+  add_warps(b, count, sum);
+  b.peers.sync();
+  for (int before = 0; before < pairs; before += pair_of(THREADS / 4, 0)) {
+    float4 y = make_float4(0, 0, 0, 0);
+    if (live) {
+#pragma unroll
+      for (int other = 0; other < GROUP; ++other)
+        y = add(y, b.peers.read(b.peers.of(other, b.region) + (pair * SUM_STRIDE + column) * 4));
+    }
+    finish<E>(b, t.to, given, y, feature, row, live);
+    pair += pair_of(THREADS / 4, 0);
+    prepare();
+  }
+}
 
+// This block's share of a product, round by round: load rows, or attend; multiply; add; store.
 template <class E, int D>
-__device__ void multiply_all(Block& b, Ring& ring, int layer, int product, const Task& t) {
+__device__ void run(Block& b, Ring& ring, const Task& t) {
   const Plan& plan = b.p.plan;
-  const Slice tiles = hand(b.p.shape, plan.groups, layer, product, b.group);
-  const Slice part = slice(b.p.shape, product, b.peers.rank);
   bool merged = !t.x.gamma;
   const auto merge = [&] {
     if (merged) return;
@@ -159,54 +212,30 @@ __device__ void multiply_all(Block& b, Ring& ring, int layer, int product, const
     __syncthreads();
     merged = true;
   };
-  for (int first = 0; first < tiles.count; first += plan.round) {
-    const int count = smaller(plan.round, tiles.count - first);
-    if (product == OUT && part.count) {  // its rows are one unit
-      attend_all<E, D>(b, layer, part, b.p.probs && tiles.begin + first == 0);
+  for (int first = 0; first < t.tiles.count; first += plan.round) {
+    const int count = smaller(plan.round, t.tiles.count - first);
+    if (t.product == OUT && t.part.count) {
+      attend_all<E, D>(b, t.layer, t.part, b.p.probs && t.tiles.begin + first == 0);
       __syncthreads();
     }
-    float sum[ROUND][2][4] = {};
-    for (int unit = 0; unit * plan.unit < part.count; ++unit) {
-      const int before = unit * plan.unit;
-      if (product != OUT && unit % plan.x_units == 0) {
-        const int held = smaller(plan.x_units * plan.unit, part.count - before);
-        load_rows<E, 1>(b, t.x, (part.begin + before) * STEP, held * STEP, merge);
+    Sums sum = {};
+    const char* x = b.region;
+    for (int before = 0, resident = 0; before < t.part.count; before += plan.unit, resident -= plan.unit) {
+      if (t.product != OUT && resident == 0) {
+        if (before > 0) __syncthreads();  // until all warps have multiplied the rows that were there
+        resident = smaller(plan.x_units * plan.unit, round_up(t.part.count - before, plan.unit));
+        load_rows<E, 1>(b, t.x, (t.part.begin + before) * STEP, smaller(resident, t.part.count - before) * STEP, merge);
         __syncthreads();
+        x = b.region;
       }
       ring.wait(count);
-      multiply<E>(b, ring, count, unit, smaller(plan.unit, part.count - before), sum);
-      __syncthreads();
+      multiply<E>(b, ring, count, x, before, smaller(plan.unit, t.part.count - before), sum);
       ring.release(count);
+      x += plan.unit * STEP * 2;
     }
-    // Pairs (tile, row) of this block, four lanes each; what does not depend on the sums is loaded before the wait.
-    const int pairs = count * b.rows, height = row_groups(b.rows) * 16, column = threadIdx.x % 4 * 4;
-    int pair = pair_of(threadIdx.x / 4, b.peers.rank), feature = 0, row = 0;
-    Given given{};
-    const auto prepare = [&] {
-      if (pair >= pairs) return;
-      row = pair % b.rows;
-      feature = (tiles.begin + (first + pair / b.rows) * plan.groups) * TILE + column;
-      given = load_given(b.p, layer, t.to, feature, row);
-    };
-    prepare();
-    add_warps(b, count, sum);
-    b.peers.sync();
-    for (int before = 0; before < pairs; before += pair_of(THREADS / 4, 0)) {
-      const bool live = pair < pairs;
-      float4 y = make_float4(0, 0, 0, 0);
-      if (live) {
-        const int at = ((pair / b.rows * height + row) * SUM_STRIDE + column) * 4;
-#pragma unroll
-        for (int other = 0; other < GROUP; ++other) {
-          const float4 theirs = b.peers.read(b.peers.of(other, b.region) + at);
-          y = make_float4(y.x + theirs.x, y.y + theirs.y, y.z + theirs.z, y.w + theirs.w);
-        }
-      }
-      finish<E>(b, t.to, given, y, feature, row, live);
-      pair += pair_of(THREADS / 4, 0);
-      prepare();
-    }
-    if (first + plan.round < tiles.count) b.peers.sync();  // before the region, or the strip, is written again
+    __syncthreads();  // the region's rows are multiplied; sums take their place
+    add_blocks<E>(b, t, first, count, sum);
+    if (first + plan.round < t.tiles.count) b.peers.sync();  // before the region, or the strip, is written again
   }
   merge();  // also where no rows were loaded: the residual of the next product is normalised with them
 }

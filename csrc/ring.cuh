@@ -8,9 +8,10 @@ namespace bert_fast {
 // Where a row of a product's weight lies.
 __device__ inline const char* weight_row(const Params& p, int layer, int product, int feature) {
   int weight = ATTENTION_OUT + product - OUT;
-  if (product == QKV) {
-    weight = QUERY + feature / p.shape.hidden;
-    feature %= p.shape.hidden;
+  if (product == QKV) {  // three weights, one behind the other
+    const int hidden = p.shape.hidden, which = (feature >= hidden) + (feature >= 2 * hidden);
+    weight = QUERY + which;
+    feature -= which * hidden;
   }
   return bytes(p.layers[layer].weight[weight]) + int64_t(feature) * steps(p.shape, product) * STEP * 2;
 }
@@ -59,23 +60,24 @@ struct Ring {
   WeightOrder order;
   uint64_t* barriers;
   char* memory;
-  int write = 0;  // stage that is filled next
-  int read = 0;   // stage that is multiplied next, and the phase of its barrier
+  int write = 0;       // stage that is filled next
+  int room, held = 0;  // stages that may be filled; stages filled, not yet multiplied
+  int read = 0;        // stage that is multiplied next, and the phase of its barrier
   uint32_t phase = 0;
 
-  __device__ Ring(const Block& b) : p(b.p), order(b.p, b.group, b.peers.rank) {
+  __device__ Ring(const Block& b) : p(b.p), order(b.p, b.group, b.peers.rank), room(b.p.plan.stages) {
     barriers = reinterpret_cast<uint64_t*>(shared_memory());
     memory = shared_memory() + ring_offset(p.plan);
     if (int(threadIdx.x) < p.plan.stages) mbarrier_init(barriers + threadIdx.x, THREADS);
     __syncthreads();
-    fill(p.plan.stages);
+    fill();
   }
 
-  // Fill `count` stages that nobody reads any more; all threads.
-  __device__ void fill(int count) {
+  // Ask for what there is room for. All threads; a __syncthreads must lie between the last `release` and this.
+  __device__ void fill() {
     constexpr int LANES = THREADS / TILE;  // threads that copy one row
     const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    for (; count > 0 && !order.ended(); --count, order.next()) {
+    for (; room > 0 && !order.ended(); --room, ++held, order.next()) {
       const int feature = (order.tiles.begin + (order.first + order.tile) * p.plan.groups) * TILE + row;
       const int done = order.unit * p.plan.unit;
       const int pieces = smaller(p.plan.unit, order.steps.count - done) * 2;  // of 16 bytes
@@ -91,15 +93,21 @@ struct Ring {
     return read + ahead < p.plan.stages ? read + ahead : read + ahead - p.plan.stages;
   }
 
+  // Until the next `count` stages have landed.
   __device__ void wait(int count) {
+    if (held < count) {  // a short ring: some are not even asked for
+      __syncthreads();
+      fill();
+    }
     for (int i = 0; i < count; ++i) mbarrier_wait(barriers + stage(i), read + i < p.plan.stages ? phase : phase ^ 1);
   }
 
-  // All threads have read `count` stages.
+  // This thread has multiplied `count` stages.
   __device__ void release(int count) {
     phase ^= read + count >= p.plan.stages;
     read = stage(count);
-    fill(count);
+    held -= count;
+    room += count;
   }
 };
 

@@ -32,6 +32,7 @@ __device__ float4 normalised4(float4 x, float2 statistics, uint2 gamma, uint2 be
 __device__ inline void merge_statistics(Block& b, const void* of_tiles, float eps) {
   constexpr int LANES = 8, MOST = MAX_HIDDEN / TILE / LANES;
   const int tiles = b.p.shape.hidden / TILE, lane = threadIdx.x % LANES;
+  const float share = 1.0f / tiles;
   for (int first = 0; first < b.rows; first += THREADS / LANES) {
     const int row = first + threadIdx.x / LANES;
     float2 part[MOST];
@@ -44,7 +45,7 @@ __device__ inline void merge_statistics(Block& b, const void* of_tiles, float ep
       sum += part[i].x;
     }
     for (int i = 1; i < LANES; i *= 2) sum += shfl_xor(sum, i);
-    const float mean = sum / tiles;
+    const float mean = sum * share;
     float squares = 0;  // of deviations: within the tiles, and of the tiles' means
 #pragma unroll
     for (int i = 0; i < MOST; ++i) {
@@ -52,7 +53,7 @@ __device__ inline void merge_statistics(Block& b, const void* of_tiles, float ep
       if (lane + i * LANES < tiles) squares += part[i].y + TILE * apart * apart;
     }
     for (int i = 1; i < LANES; i *= 2) squares += shfl_xor(squares, i);
-    if (lane == 0 && row < b.rows) b.statistics[row] = make_float2(mean, rsqrtf(squares / b.p.shape.hidden + eps));
+    if (lane == 0 && row < b.rows) b.statistics[row] = make_float2(mean, rsqrtf(squares * share / TILE + eps));
   }
 }
 
@@ -71,39 +72,36 @@ __device__ uint4 normalised8(uint4 x, float2 statistics, uint4 gamma, uint4 beta
   return make_uint4(E::pack(low.x, low.y), E::pack(low.z, low.w), E::pack(high.x, high.y), E::pack(high.z, high.w));
 }
 
-// Columns begin .. begin + count of all rows into the region, in pieces of 8; all threads, then a __syncthreads. PARTS:
-// matrices side by side in x, whose columns go side by side too. meanwhile() runs once, in all threads, behind the
-// first loads: the statistics that normalising waits for come from L2 as the rows do.
+// Columns begin .. begin + count of all rows into the region; all threads, then a __syncthreads. PARTS: matrices side
+// by side in x, whose columns go side by side too. meanwhile() runs once, in all threads, behind the first loads: the
+// statistics that normalising waits for come from L2 as the rows do.
 template <class E, int PARTS, class Meanwhile>
 __device__ void load_rows(Block& b, const Rows& x, int begin, int count, const Meanwhile& meanwhile) {
   constexpr int BATCH = 10;  // loads in flight a thread, 16 bytes each; with more, registers spill
-  const int pieces = count / 8, stride = x_row_bytes(b.p.plan), rows = b.rows * PARTS;
-  const char* from = bytes(x.from) + begin * 2;
-  int row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
-  const auto next = [&](int& row, int& piece) {
-    row += THREADS / pieces;
-    piece += THREADS % pieces;
-    if (piece >= pieces) piece -= pieces, ++row;
-  };
-  bool first = true;
+  // A thread keeps its 8 columns and goes through the rows; a few threads have none where a row is no divisor of all.
+  const int pieces = count / 8, together = THREADS / pieces, rows = b.rows * PARTS;
+  const int first = threadIdx.x / pieces, piece = threadIdx.x - first * pieces;
+  const char* from = bytes(x.from) + (begin + piece * 8) * 2;
+  uint4 gamma = {}, beta = {};
+  if (x.gamma) {
+    gamma = *reinterpret_cast<const uint4*>(bytes(x.gamma) + (begin + piece * 8) * 2);
+    beta = *reinterpret_cast<const uint4*>(bytes(x.beta) + (begin + piece * 8) * 2);
+  }
+  int row = first < together ? first : rows;
+  bool once = true;
   do {
     uint4 loaded[BATCH];
-    int r = row, c = piece;
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i, next(r, c))
-      if (r < rows) loaded[i] = load_16(from + (int64_t(r) * x.columns + c * 8) * 2);
-    if (first) meanwhile();
-    first = false;
+    for (int i = 0; i < BATCH; ++i)
+      if (row + i * together < rows) loaded[i] = load_16(from + int64_t(row + i * together) * x.columns * 2);
+    if (once) meanwhile();
+    once = false;
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i, next(row, piece)) {
+    for (int i = 0; i < BATCH; ++i, row += together) {
       if (row >= rows) continue;
-      uint4 v = loaded[i];
-      if (x.gamma) {
-        const int64_t at = (begin + piece * 8) * 2;
-        v = normalised8<E>(v, b.statistics[row], *reinterpret_cast<const uint4*>(bytes(x.gamma) + at),
-                           *reinterpret_cast<const uint4*>(bytes(x.beta) + at));
-      }
-      *reinterpret_cast<uint4*>(b.region + row / PARTS * stride + (row % PARTS * pieces + piece) * 16) = v;
+      const uint4 v = x.gamma ? normalised8<E>(loaded[i], b.statistics[row], gamma, beta) : loaded[i];
+      *reinterpret_cast<uint4*>(b.region + row / PARTS * x_row_bytes(b.p.plan) + (row % PARTS * pieces + piece) * 16) =
+          v;
     }
   } while (row < rows);
 }

@@ -519,21 +519,23 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, BERT_FAST_CALL("mb
   emulator::stop(call);
 }
 
-inline void counted_barrier(unsigned* counter, unsigned target, BERT_FAST_CALL("counted_barrier")) {
+inline void arrive_at(unsigned* counter, BERT_FAST_CALL("arrive_at")) {
   emulator::collective(call, emulator::meet<false>);
-  if (threadIdx.x == 0) {
-    ++*counter;
-    std::vector<emulator::Spinning>& all = emulator::machine->spinning;
-    const auto reached = [](const emulator::Spinning& s) { return *s.counter >= s.target; };
-    for (const emulator::Spinning& s : all)
-      if (reached(s)) emulator::wake(*s.thread);
-    all.erase(std::remove_if(all.begin(), all.end(), reached), all.end());
-    if (*counter < target) {
-      all.push_back({emulator::current, counter, target});
-      emulator::stop({"the counter of counted_barrier", call.line});
-    }
+  if (threadIdx.x > 0) return;
+  ++*counter;
+  std::vector<emulator::Spinning>& all = emulator::machine->spinning;
+  const auto reached = [](const emulator::Spinning& s) { return *s.counter >= s.target; };
+  for (const emulator::Spinning& s : all)
+    if (reached(s)) emulator::wake(*s.thread);
+  all.erase(std::remove_if(all.begin(), all.end(), reached), all.end());
+}
+
+inline void wait_at(unsigned* counter, unsigned target, BERT_FAST_CALL("wait_at")) {
+  if (threadIdx.x == 0 && *counter < target) {
+    emulator::machine->spinning.push_back({emulator::current, counter, target});
+    emulator::stop({"the counter of wait_at", call.line});
   }
-  emulator::collective({"the end of counted_barrier", call.line}, emulator::meet<false>);
+  emulator::collective(call, emulator::meet<false>);
 }
 
 template <int SIZE>
@@ -569,7 +571,8 @@ struct Group {
       return emulator::collective(call, emulator::meet<true>);
     }
     target += SIZE;
-    counted_barrier(counter, target, call);
+    arrive_at(counter, call);
+    wait_at(counter, target, call);
   }
 };
 

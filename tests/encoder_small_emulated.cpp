@@ -93,7 +93,7 @@ extern "C" int64_t stages(const Numbers* n, int (*out)[6], int64_t room) {
   return count;
 }
 
-// Every store of a product, as multiply_all goes through them: block, layer, product, tile, row. Returns how many.
+// Every store of a product, as add_blocks goes through them: block, layer, product, tile, row. Returns how many.
 extern "C" int64_t stores(const Numbers* n, int rows, int (*out)[5], int64_t room) {
   const Shape s = shape_of(*n);
   Plan p;
@@ -104,11 +104,11 @@ extern "C" int64_t stores(const Numbers* n, int rows, int (*out)[5], int64_t roo
       for (int product = 0; product < PRODUCTS; ++product) {
         const Slice tiles = hand(s, p.groups, layer, product, block / GROUP);
         for (int first = 0; first < tiles.count; first += p.round) {
-          const int pairs = smaller(p.round, tiles.count - first) * rows;
+          const int bits = row_bits(rows), pairs = smaller(p.round, tiles.count - first) << bits;
           for (int i = 0; pair_of(i, block % GROUP) < pairs && count < room; ++i) {
-            const int pair = pair_of(i, block % GROUP);
-            const int row[5] = {block, layer, product, tiles.begin + (first + pair / rows) * p.groups, pair % rows};
-            memcpy(out[count++], row, sizeof(row));
+            const int pair = pair_of(i, block % GROUP), at = pair & ((1 << bits) - 1);
+            const int row[5] = {block, layer, product, tiles.begin + (first + (pair >> bits)) * p.groups, at};
+            if (at < rows) memcpy(out[count++], row, sizeof(row));
           }
         }
       }

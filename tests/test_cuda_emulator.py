@@ -76,7 +76,10 @@ __global__ void from_next(float* out, float* all, bool grid, int late, bool sync
                  counter + blockIdx.x / 2, 0};
   char* own = grid ? reinterpret_cast<char*>(all + blockIdx.x) : peers.own(shared_memory());
   if (threadIdx.x == 0) *reinterpret_cast<float*>(own) = blockIdx.x;
-  if (grid && sync) counted_barrier(counter, gridDim.x + late);
+  if (grid && sync) {
+    arrive_at(counter);
+    wait_at(counter, gridDim.x + late);
+  }
   if (!grid) peers.sync();
   out[0] = grid ? all[next] : peers.read(peers.of(next, shared_memory())).x;
   if (!grid && sync) peers.sync();
@@ -214,7 +217,7 @@ def test_unwaited_copy_reads_poison(library: ctypes.CDLL) -> None:
     ("name", "message"),
     [
         ("one skips", "deadlock, "),
-        ("grid, target too high", "deadlock, 4 threads at the counter of counted_barrier"),
+        ("grid, target too high", "deadlock, 4 threads at the counter of wait_at"),
         ("group, ends early", "the block has ended"),
         ("diverged", "other lanes of its warp are at "),
         ("misaligned ldmatrix", "address not aligned to 16 bytes"),

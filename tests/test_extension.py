@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import Shape
+from emulated import COMPILER, Shape
 from test_encoder_small import arguments, mask_of
 
 from bert_fast.kernels import extension
@@ -117,6 +117,28 @@ def test_reasons_without_a_gpu() -> None:
     assert reason(0, 12, 1024, 4112, 16, 1, 32) == "intermediate is 4112, expected at most 4096"
     assert reason(0, 12, 768, 3072, 12, 2**40, 2**40).startswith("batch * length is ")
     assert reason(0, 12, 768, 3072, -(2**40), 1, 1).startswith("head_dim is 0")
+
+
+NO_GPU = """
+import ctypes, torch
+ctypes.CDLL({fake!r}, mode=ctypes.RTLD_LOCAL)  # as torch loads its own
+torch.ops.load_library({library!r})
+print(torch.ops.bert_fast.encoder_small_reason(0, 12, 768, 3072, 12, 1, 32))
+"""
+
+
+@needs_library
+@pytest.mark.skipif(torch.cuda.is_available() or COMPILER is None, reason="a GPU is here, or no C++ compiler")
+def test_torch_with_cuda_but_without_a_gpu(tmp_path: Path) -> None:
+    """The current stream's function is found in torch's CUDA library; what CUDA then says is a reason, no error."""
+    fake = tmp_path / "libtorch_cuda.so"
+    source = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return device || !stream; }"
+    compile_it = [COMPILER, "-x", "c", "-", "-fPIC", "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(fake)]
+    subprocess.run(compile_it, input=source, text=True, check=True)
+    code = NO_GPU.format(fake=str(fake), library=str(extension.path()))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() and "this torch has no CUDA" not in done.stdout and done.stdout.count("\n") == 1
 
 
 def test_reason_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
