@@ -60,31 +60,35 @@ __device__ void attend(Block& b, int sequence, int head, int first, int width, u
       }
     }
     softmax(weights, keys, uniform ? 0 : b.p.scale);
-    float out[D / 8][4] = {};
+    constexpr int COLUMNS = D < 64 ? D : 64;  // of the context at once: as many as registers hold
+#pragma unroll 1
+    for (int column = 0; column < D; column += COLUMNS) {
+      float out[COLUMNS / 8][4] = {};
 #pragma unroll
-    for (int n = 0; n < MAX_ROWS / 16; ++n) {
-      if (n * 16 < length) {
-        const float (&low)[4] = weights[2 * n], (&high)[4] = weights[2 * n + 1];
-        const uint32_t left[4] = {E::pack(low[0], low[1]), E::pack(low[2], low[3]), E::pack(high[0], high[1]),
-                                  E::pack(high[2], high[3])};
-        const char* value = row(n * 16 + lane % 16) + 2 * width + lane / 16 * 16;
+      for (int n = 0; n < MAX_ROWS / 16; ++n) {
+        if (n * 16 < length) {
+          const float (&low)[4] = weights[2 * n], (&high)[4] = weights[2 * n + 1];
+          const uint32_t left[4] = {E::pack(low[0], low[1]), E::pack(low[2], low[3]), E::pack(high[0], high[1]),
+                                    E::pack(high[2], high[3])};
+          const char* value = row(n * 16 + lane % 16) + 2 * width + column * 2 + lane / 16 * 16;
 #pragma unroll
-        for (int d = 0; d < D / 16; ++d) {
-          uint32_t two[4];
-          ldmatrix_x4_trans(two, value + d * 32);
-          E::mma(out[2 * d], left, two[0], two[1]);
-          E::mma(out[2 * d + 1], left, two[2], two[3]);
+          for (int d = 0; d < COLUMNS / 16; ++d) {
+            uint32_t two[4];
+            ldmatrix_x4_trans(two, value + d * 32);
+            E::mma(out[2 * d], left, two[0], two[1]);
+            E::mma(out[2 * d + 1], left, two[2], two[3]);
+          }
         }
       }
-    }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = first + lane / 4 + half * 8;
-      if (i >= length) continue;
-      char* to = row(i) + lane % 4 * 4;
+      for (int half = 0; half < 2; ++half) {
+        const int i = first + lane / 4 + half * 8;
+        if (i >= length) continue;
+        char* to = row(i) + column * 2 + lane % 4 * 4;
 #pragma unroll
-      for (int d = 0; d < D / 8; ++d)
-        *reinterpret_cast<uint32_t*>(to + d * 16) = E::pack(out[d][half * 2], out[d][half * 2 + 1]);
+        for (int d = 0; d < COLUMNS / 8; ++d)
+          *reinterpret_cast<uint32_t*>(to + d * 16) = E::pack(out[d][half * 2], out[d][half * 2 + 1]);
+      }
     }
   }
   if (!probs) return;

@@ -43,31 +43,25 @@ __device__ inline void prefetch_vectors(const Params& p, int layer) {
 __device__ inline Task task(const Block& b, int layer, int product) {
   const Params& p = b.p;
   const int hidden = p.shape.hidden, wide = p.shape.intermediate;
-  const void* const* v = p.layers[layer].vector;
+  const Layer &own = p.layers[layer], &before = p.layers[layer > 0 ? layer - 1 : 0];
   Rows h = {p.x, hidden};  // the embeddings are normalised already
-  float eps = p.layers[layer].eps1;
-  if (layer > 0) h = {p.h, hidden, p.layers[layer - 1].vector[GAMMA2], p.layers[layer - 1].vector[BETA2]};
-  if (layer > 0 && product == QKV) eps = p.layers[layer - 1].eps2;
-  const Rows h1 = {p.h1, hidden, v[GAMMA1], v[BETA1]};
-  const Slice tiles = hand(p.shape, p.plan.groups, layer, product, b.group);
-  const Slice part = slice(p.shape, product, b.peers.rank);
-  switch (product) {
-    case QKV: return {layer, product, tiles, part, h, p.statistics, eps, {v + QUERY_BIAS, hidden, p.qkv, 3 * hidden}};
-    case OUT:
-      return {layer, product, tiles, part,
-              {},    nullptr, 0,     {v + OUT_BIAS, hidden, p.h1, hidden, -1, h.from, h.gamma, h.beta, p.statistics1}};
-    case UP:
-      return {layer, product, tiles, part, h1, p.statistics1, eps, {v + UP_BIAS, wide, p.wide, wide, p.activation}};
-    default:
-      return {layer,
-              product,
-              tiles,
-              part,
-              {p.wide, wide},
-              nullptr,
-              0,
-              {v + DOWN_BIAS, hidden, p.h, hidden, -1, h1.from, h1.gamma, h1.beta, p.statistics}};
+  if (layer > 0) h = {p.h, hidden, before.vector[GAMMA2], before.vector[BETA2], p.statistics, before.eps2};
+  const Rows h1 = {p.h1, hidden, own.vector[GAMMA1], own.vector[BETA1], p.statistics1, own.eps1};
+  Task t = {layer, product, hand(p.shape, p.plan.groups, layer, product, b.group),
+            slice(p.shape, product, b.peers.rank)};
+  if (product == QKV) {
+    t.x = h;
+    t.to = {own.vector + QUERY_BIAS, hidden, p.qkv, 3 * hidden};
+  } else if (product == OUT) {
+    t.to = {own.vector + OUT_BIAS, hidden, p.h1, hidden, -1, h, p.statistics1};
+  } else if (product == UP) {
+    t.x = h1;
+    t.to = {own.vector + UP_BIAS, wide, p.wide, wide, p.activation};
+  } else {
+    t.x = {p.wide, wide};
+    t.to = {own.vector + DOWN_BIAS, hidden, p.h, hidden, -1, h1, p.statistics};
   }
+  return t;
 }
 
 template <class E, int D>
@@ -81,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, 1) encoder_small_kernel(const __grid_
     run<E, D>(b, ring, t);
     if (product == QKV && layer > 0 && p.hidden) {
       const int64_t size = int64_t(p.shape.batch) * p.shape.length * p.shape.hidden * 2;
-      store_normalised<E>(b, bytes(p.hidden) + (layer - 1) * size, t.x.gamma, t.x.beta);
+      store_normalised<E>(b, bytes(p.hidden) + (layer - 1) * size, t.x);
     }
     b.arrive();
     if (product == QKV) prefetch_vectors(p, layer + 1);
@@ -92,9 +86,10 @@ __global__ void __launch_bounds__(THREADS, 1) encoder_small_kernel(const __grid_
     b.wait();
   }
   const Layer& last = p.layers[p.shape.layers - 1];
-  merge_statistics(b, p.statistics, last.eps2);
+  const Rows h = {p.h, p.shape.hidden, last.vector[GAMMA2], last.vector[BETA2], p.statistics, last.eps2};
+  merge_statistics(b, h);
   __syncthreads();
-  store_normalised<E>(b, p.last, last.vector[GAMMA2], last.vector[BETA2]);
+  store_normalised<E>(b, p.last, h);
 }
 
 }  // namespace bert_fast

@@ -12,21 +12,18 @@ struct Epilogue {
   int weight_features;
   void* to;  // (rows, columns)
   int columns;
-  int activation = -1;                           // of enum Activation
-  const void* residual = nullptr;                // (rows, columns)
-  const void *gamma = nullptr, *beta = nullptr;  // of the residual's LayerNorm, where it has one
-  void* statistics = nullptr;                    // (rows, columns / TILE) float2 of y, with a residual
+  int activation = -1;         // of enum Activation
+  Rows residual = {};          // its statistics are merged already
+  void* statistics = nullptr;  // (rows, columns / TILE) float2 of y, with a residual
 };
 
 // One product of one layer: what is read, what is written, and this block's share. In shared memory, since it would
 // take half of a thread's registers.
 struct Task {
   int layer, product;
-  Slice tiles, part;       // the group's hand, the block's slice
-  Rows x;                  // nothing in OUT
-  const void* statistics;  // of the tiles of x, where x is normalised
-  float eps;
-  Epilogue to;
+  Slice tiles, part;  // the group's hand, the block's slice
+  Rows x = {};        // none in OUT, where the context is computed
+  Epilogue to = {};
 };
 
 static_assert(sizeof(Task) <= TASK_BYTES);
@@ -62,10 +59,11 @@ __device__ inline Given load_given(const Epilogue& e, int feature, int row) {
   Given g{};
   const int which = (feature >= e.weight_features) + (feature >= 2 * e.weight_features);
   g.bias = *reinterpret_cast<const uint2*>(bytes(e.bias[which]) + (feature - which * e.weight_features) * 2);
-  if (e.residual) g.residual = load_8(bytes(e.residual) + (int64_t(row) * e.columns + feature) * 2);
-  if (e.gamma) {
-    g.gamma = *reinterpret_cast<const uint2*>(bytes(e.gamma) + feature * 2);
-    g.beta = *reinterpret_cast<const uint2*>(bytes(e.beta) + feature * 2);
+  const Rows& r = e.residual;
+  if (r.from) g.residual = load_8(bytes(r.from) + (int64_t(row) * r.columns + feature) * 2);
+  if (r.gamma) {
+    g.gamma = *reinterpret_cast<const uint2*>(bytes(r.gamma) + feature * 2);
+    g.beta = *reinterpret_cast<const uint2*>(bytes(r.beta) + feature * 2);
   }
   return g;
 }
@@ -76,9 +74,9 @@ __device__ void finish(const Block& b, const Epilogue& e, const Given& given, fl
                        bool live) {
   y = add(y, unpack4<E>(given.bias));
   if (e.activation >= 0) y = activate(y, e.activation);
-  if (e.residual) {
+  if (e.residual.from) {
     float4 r = unpack4<E>(given.residual);
-    if (e.gamma && live) r = normalised4<E>(r, b.statistics[row], given.gamma, given.beta);
+    if (e.residual.gamma && live) r = normalised4<E>(r, b.statistics[row], given.gamma, given.beta);
     y = add(y, r);
     float mean = y.x + y.y + y.z + y.w;
     for (int i = 1; i < 4; i *= 2) mean += shfl_xor(mean, i);
@@ -208,7 +206,7 @@ __device__ void run(Block& b, Ring& ring, const Task& t) {
   bool merged = !t.x.gamma;
   const auto merge = [&] {
     if (merged) return;
-    merge_statistics(b, t.statistics, t.eps);
+    merge_statistics(b, t.x);
     __syncthreads();
     merged = true;
   };

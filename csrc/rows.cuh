@@ -28,10 +28,19 @@ __device__ float4 normalised4(float4 x, float2 statistics, uint2 gamma, uint2 be
                      normalised(x.z, statistics, g.z, b.z), normalised(x.w, statistics, g.w, b.w));
 }
 
+struct Rows {
+  const void* from;  // (rows, columns), 16-bit
+  int columns;
+  // Of the LayerNorm on the way; null: there is none. statistics: of the tiles of `from`.
+  const void *gamma = nullptr, *beta = nullptr;
+  const void* statistics = nullptr;
+  float eps = 0;
+};
+
 // Mean and 1 / deviation of every row from those of its tiles, 8 lanes a row; all threads, then a __syncthreads.
-__device__ inline void merge_statistics(Block& b, const void* of_tiles, float eps) {
+__device__ inline void merge_statistics(Block& b, const Rows& x) {
   constexpr int LANES = 8, MOST = MAX_HIDDEN / TILE / LANES;
-  const int tiles = b.p.shape.hidden / TILE, lane = threadIdx.x % LANES;
+  const int tiles = x.columns / TILE, lane = threadIdx.x % LANES;
   const float share = 1.0f / tiles;
   for (int first = 0; first < b.rows; first += THREADS / LANES) {
     const int row = first + threadIdx.x / LANES;
@@ -41,7 +50,7 @@ __device__ inline void merge_statistics(Block& b, const void* of_tiles, float ep
     for (int i = 0; i < MOST; ++i) {
       const int tile = lane + i * LANES;
       part[i] = make_float2(0, 0);
-      if (row < b.rows && tile < tiles) part[i] = load_float2(bytes(of_tiles) + (int64_t(row) * tiles + tile) * 8);
+      if (row < b.rows && tile < tiles) part[i] = load_float2(bytes(x.statistics) + (int64_t(row) * tiles + tile) * 8);
       sum += part[i].x;
     }
     for (int i = 1; i < LANES; i *= 2) sum += shfl_xor(sum, i);
@@ -53,15 +62,9 @@ __device__ inline void merge_statistics(Block& b, const void* of_tiles, float ep
       if (lane + i * LANES < tiles) squares += part[i].y + TILE * apart * apart;
     }
     for (int i = 1; i < LANES; i *= 2) squares += shfl_xor(squares, i);
-    if (lane == 0 && row < b.rows) b.statistics[row] = make_float2(mean, rsqrtf(squares * share / TILE + eps));
+    if (lane == 0 && row < b.rows) b.statistics[row] = make_float2(mean, rsqrtf(squares * share / TILE + x.eps));
   }
 }
-
-struct Rows {
-  const void* from;  // (rows, columns), 16-bit
-  int columns;
-  const void *gamma = nullptr, *beta = nullptr;  // of the LayerNorm on the way; null: none
-};
 
 template <class E>
 __device__ uint4 normalised8(uint4 x, float2 statistics, uint4 gamma, uint4 beta) {
@@ -106,17 +109,17 @@ __device__ void load_rows(Block& b, const Rows& x, int begin, int count, const M
   } while (row < rows);
 }
 
-// LayerNorm(h) in token order, zeros where a token is no row; statistics are in place.
+// LayerNorm(x) in token order, zeros where a token is no row; statistics are merged already.
 template <class E>
-__device__ void store_normalised(Block& b, void* to, const void* gamma, const void* beta) {
-  const int hidden = b.p.shape.hidden;
+__device__ void store_normalised(Block& b, void* to, const Rows& x) {
+  const int hidden = x.columns;
   for (int row = blockIdx.x; row < b.p.shape.batch * b.p.shape.length; row += gridDim.x) {
     char* out = bytes(to) + int64_t(b.p.token[row]) * hidden * 2;
     for (int i = threadIdx.x; i < hidden / 4; i += THREADS) {
       float4 y = make_float4(0, 0, 0, 0);
       if (row < b.rows) {
-        const uint2 g = static_cast<const uint2*>(gamma)[i], d = static_cast<const uint2*>(beta)[i];
-        const uint2 h = load_8(bytes(b.p.h) + (int64_t(row) * hidden + i * 4) * 2);
+        const uint2 g = static_cast<const uint2*>(x.gamma)[i], d = static_cast<const uint2*>(x.beta)[i];
+        const uint2 h = load_8(bytes(x.from) + (int64_t(row) * hidden + i * 4) * 2);
         y = normalised4<E>(unpack4<E>(h), b.statistics[row], g, d);
       }
       store4<E>(out + i * 8, y);
