@@ -15,6 +15,7 @@ import transformers
 import bert_fast
 from bert_fast import graphs
 from bert_fast.kernels import configs, extension, runtime
+from bert_fast.one_launch import MEASURED_ROWS
 
 from . import demo
 
@@ -56,7 +57,9 @@ def describe(device: torch.device) -> list[str]:
     arch = configs.arch_name(capability)
     own = (configs.FOLDER / f"{arch}.json").exists()
     tiles = f"{arch}.json over generic.json" if own else f"generic.json (there is no {arch}.json)"
-    return [*lines, f"        tiles: {tiles}", *tile_lines(arch)]
+    rows = MEASURED_ROWS.get(capability, 0)
+    launch = f"up to {rows} rows" if rows else "not taken, since it has not been measured on such a GPU"
+    return [*lines, f"        all layers in one launch: {launch}", f"        tiles: {tiles}", *tile_lines(arch)]
 
 
 def tile_lines(arch: str) -> list[str]:
