@@ -10,19 +10,19 @@ import copy
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from bert_fast.demo import Tensors, Verdict, collect, judge, kept_positions, zero_dropped
 from bert_fast.explain import explanation
-from bert_fast.folded import folding
 
 from . import peers, timing
 from .peers import COMPILE, Models
 from .progress import Progress
-from .records import FOLDED, OURS
+from .records import OURS
+from .variants import VARIANTS, in_variant, why_not
 from .workloads import Workload, flops, inputs_of, least_bytes
 
 
@@ -38,7 +38,7 @@ class Session:
     top: dict[str, float]  # ceilings
     bar: Progress
     models: Models
-    folded: bool = False  # time FOLDED beside OURS
+    variants: tuple[str, ...] = ()  # of VARIANTS, timed beside OURS
     truth: torch.nn.Module | None = None  # half types are held against float64, fp32 against eager fp32 itself
     compiled_for: tuple = ()
     compiled: Any = None  # -> (calls, notes) of that workload
@@ -123,6 +123,8 @@ def measure(session: Session, work: Workload) -> dict[str, Any]:
     notes: dict[str, str] = {}
     times: dict[str, timing.Timing] = {}
     memory: dict[str, float | None] = {}
+    variants: list[str] = []  # those that ran and were checked
+    apart: dict[str, timing.Apart] = {}
     verdicts: list[Verdict] = []
     session.bar.at(f"{work.label}: checking")
     reason = upstream_reason(models[OURS], arguments)
@@ -131,9 +133,14 @@ def measure(session: Session, work: Workload) -> dict[str, Any]:
     else:
         try:
             verdicts = check(session, work, inputs, wanted)
-            if session.folded:
-                with folding(0):
-                    verdicts += check(session, work, inputs, wanted)
+            for name in session.variants:
+                if reason := why_not(name, models[OURS], arguments):
+                    notes[name] = reason
+                    continue
+                with VARIANTS[name].select():
+                    found = check(session, work, inputs, wanted)
+                verdicts += [replace(v, name=f"{name}: {v.name}") for v in found]
+                variants.append(name)
         except torch.OutOfMemoryError as problem:
             notes[OURS] = f"not checked: {timing.one_line(problem)}"
     if verdicts and all(v.ok for v in verdicts):
@@ -141,22 +148,19 @@ def measure(session: Session, work: Workload) -> dict[str, Any]:
         for name, model in models.items():
             if not (name == "sdpa" and "attentions" in work.outputs):
                 calls[name] = lambda m=model: m(**arguments)
-        if session.folded:
-            calls[FOLDED] = lambda: folded(models[OURS], arguments)
+        calls |= {name: in_variant(name, models[OURS], arguments) for name in variants}
         if session.compile_left_s != float("-inf"):
             compiled, why = session.compile(work, arguments)
             calls, notes = compiled | calls, notes | why
         session.bar.at(f"{work.label}: timing")
         times = timing.in_turns(calls, device, session.rounds, problems=notes)
         memory = {name: timing.peak_memory(calls[name], device) for name in times}
+        if device.type == "cuda":
+            apart = {name: timing.apart(calls[name], device) for name in (OURS, *variants) if name in times}
     labels = config.num_labels if work.head else 0
     counted = flops(config, lengths, labels), least_bytes(config, work, lengths, session.dtype.itemsize)
-    return row(work, lengths, times, verdicts, counted, notes, session.top) | {"memory_mib": memory}
-
-
-def folded(model: torch.nn.Module, arguments: dict[str, Any]) -> object:
-    with folding(0):
-        return model(**arguments)
+    line = row(work, lengths, times, verdicts, counted, notes, session.top) | {"memory_mib": memory}
+    return line | {part: {n: getattr(a, part) for n, a in apart.items()} for part in timing.Apart._fields}
 
 
 def row(
@@ -168,7 +172,7 @@ def row(
     notes: dict[str, str],
     top: dict[str, float],
 ) -> dict[str, Any]:
-    others = {n: t.median for n, t in times.items() if n not in (OURS, FOLDED)}
+    others = {n: t.median for n, t in times.items() if n not in (OURS, *VARIANTS)}
     best = min(others, key=others.__getitem__, default=None)
     ours = times[OURS].median if OURS in times else None
     rate = counted[0] / ours * 1e3 if ours else None

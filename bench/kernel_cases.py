@@ -24,7 +24,7 @@ FOLDED_OPS = ("fold_vectors", "linear_to_stream", "folded_linear", "normalise") 
 TRAINING_OPS = ("linear_gelu_pre", "attention_backward", "grad_input", "grad_input_act", "grad_weight")
 TRAINING_OPS += ("grad_activation", "residual_layer_norm_backward", "gelu_layer_norm_backward")
 TRAINING_OPS += ("embed_layer_norm_backward",)  # cases in training_cases.py
-OPS += FOLDED_OPS + TRAINING_OPS
+OPS += ("encoder_small", *FOLDED_OPS, *TRAINING_OPS)  # cases of encoder_small in encoder_small_cases.py
 MODULES = {"linear_gelu_pre": "linear_gelu", "grad_input_act": "grad_input"}  # of ops that share a file
 NORM_EPS = 1e-12
 NORM_FLOPS = 8  # sum, centre, square and sum, scale, weight, bias: operations an element
@@ -92,6 +92,11 @@ def cases(op: str, s: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
     def rand(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*size, generator=g) * scale).to(device=device, dtype=dtype)
 
+    if op == "encoder_small":
+        from . import encoder_small_cases
+
+        yield from encoder_small_cases.cases(op, s, device, dtype, rand)
+        return
     if op in FOLDED_OPS:
         from . import folded_cases  # which takes Case and Shape from here
 

@@ -24,8 +24,10 @@ from .records import OURS
 def check(case: Case, dtype: torch.dtype) -> tuple[float, float]:
     """-> (error, limit) of the case's outputs; integer outputs must be equal."""
 
-    def cast(to: torch.dtype) -> tuple[Any, ...]:
-        return tuple(a.to(to) if torch.is_tensor(a) and a.is_floating_point() else a for a in case.args)
+    def cast(x: Any) -> Any:
+        if isinstance(x, list):
+            return [cast(each) for each in x]
+        return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
 
     def outputs(found: Any) -> list[torch.Tensor]:
         found = found if isinstance(found, tuple) else (found,)
@@ -36,7 +38,7 @@ def check(case: Case, dtype: torch.dtype) -> tuple[float, float]:
     reference = case.function("_ref")
     with poisoned():
         ours, low = outputs(case.ours()), outputs(reference(*case.args))
-    return error_and_limit(ours, low, outputs(reference(*cast(torch.float64))), dtype)
+    return error_and_limit(ours, low, outputs(reference(*map(cast, case.args))), dtype)
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, top: dict[str, float]) -> dict[str, Any]:

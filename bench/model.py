@@ -19,7 +19,7 @@ from . import peers, records, timing
 from .forward import Session, measure
 from .peers import COMPILE
 from .progress import Progress
-from .records import FOLDED, OURS
+from .records import FOLDED, ONE_LAUNCH, OURS
 from .workloads import SIZES, workloads
 
 COMPILE_BUDGET_S = {True: 180.0, False: 1500.0}  # quick -> seconds after which torch.compile is not tried again
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile too (default: on cuda, not on cpu)"
     )
     parser.add_argument("--folded", action="store_true", help="also with LayerNorm folded, where no graph replays")
+    parser.add_argument("--one-launch", action="store_true", help="also with all layers in one launch, for few rows")
     parser.add_argument("--compile-budget", type=float, metavar="SECONDS", help="for all of torch.compile together")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/<device>-<model>-<date>.json")
 
@@ -59,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
     with_compile = args.compile if args.compile is not None else not on_cpu
     budget = args.compile_budget if args.compile_budget is not None else COMPILE_BUDGET_S[args.quick]
     tried = {COMPILE + mode: None for w in works for mode in peers.modes(w, device, args.quick) if with_compile}
-    names = ["eager", "sdpa", *tried, *([FOLDED] if args.folded else []), OURS]
+    variants = tuple(name for name, asked in ((FOLDED, args.folded), (ONE_LAUNCH, args.one_launch)) if asked)
+    names = ["eager", "sdpa", *tried, *variants, OURS]
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), Progress(len(works), "bench model") as bar:
         top = timing.ceilings(device, dtype)
         bar.say(timing.say_ceilings(top) + "\n\n" + heading(names))
         left = budget if with_compile else float("-inf")
-        session = Session(size, device, dtype, args.quick, left, top, bar, {}, args.folded)
+        session = Session(size, device, dtype, args.quick, left, top, bar, {}, variants)
         loaded = None
         for work in works:
             if loaded != (loaded := work.model):
@@ -113,4 +115,7 @@ def shown(line: dict[str, Any], names: list[str]) -> str:
     else:
         bad = [f"{v['name']} {v['error']:.2e} > {v['limit']:.2e}" for v in line["check"] if not v["ok"]]
         text += "   FAILED: " + "; ".join([*bad, *filter(None, [line["notes"].get(OURS)])])
+    if records.host_counts(line):
+        parts = [f"{n} {ms:.3f} / {timing.milliseconds(line['gpu_ms'][n])}" for n, ms in line["host_ms"].items()]
+        text += f"\n    host / GPU alone: {', '.join(parts)}"
     return "\n".join([text, *(f"    {name}: {why}" for name, why in line["notes"].items() if name != OURS)])

@@ -1,7 +1,8 @@
 """The JSON record of a run: what a number needs beside it to be read later.
 
 {"schema", "kind", "environment", ...what the kind adds..., "rows"}; kind is "model", "kernels" or "tune". A row has a
-`workload`, its name within the file, and `ms`: provider -> median, 20 % and 80 % quantiles, rounds.
+`workload`, its name within the file, and `ms`: provider -> median, 20 % and 80 % quantiles, rounds. A row of "model"
+has `host_ms` and `gpu_ms` too, of ours on a GPU: what enqueueing a call takes, and the GPU when it waits for no host.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "bert_fast"  # the provider that is this package's
 FOLDED = "folded"  # the same with LayerNorm folded into the products (bert_fast/folded.py)
+ONE_LAUNCH = "one launch"  # the same with all layers in one launch (bert_fast/one_launch.py)
 Record = dict[str, Any]
 
 
@@ -109,6 +111,11 @@ def save(path: Path, kind: str, env: Record, rows: list[Record], **more: object)
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = {"schema": SCHEMA, "kind": kind, "environment": env, **more, "rows": rows}
     path.write_text(json.dumps(payload, indent=1, default=asdict) + "\n")
+
+
+def host_counts(row: Record) -> bool:
+    """Whether enqueueing our call takes a good part of its time: there `host_ms` and `gpu_ms` are worth a look."""
+    return OURS in row.get("host_ms", {}) and row["host_ms"][OURS] > row["ms"][OURS]["median"] / 4
 
 
 def load(path: Path) -> Record:

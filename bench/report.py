@@ -16,8 +16,8 @@ from typing import Any
 
 from . import plots
 from .progress import Progress
-from .records import OURS, RESULTS, Record, RecordError, load
-from .timing import quantity, say_ceilings
+from .records import OURS, RESULTS, Record, RecordError, host_counts, load
+from .timing import milliseconds, quantity, say_ceilings
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --line: #d5d9de; --soft: #5c6670; --good: #0b6e4f }
@@ -110,6 +110,20 @@ def mebibytes(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
+def host_table(record: Record) -> str:
+    rows = [r for r in record["rows"] if host_counts(r)]
+    if not rows:
+        return ""
+    names = dict.fromkeys(n for r in rows for n in r["host_ms"])
+    lines = []
+    for r in rows:
+        shares = [r[part].get(n) for n in names for part in ("host_ms", "gpu_ms")]
+        lines.append([escape(r["workload"]), *map(milliseconds, shares)])
+    head = ["workload", *(f"{n}/{part} ms" for n in names for part in ("host", "GPU"))]
+    caption = "Small calls: what enqueueing one takes, and what the GPU takes for it when it need not wait for that."
+    return f"<h3>Host and GPU</h3>\n<p class='facts'>{caption}</p>\n" + table(head, lines)
+
+
 def tune_table(record: Record) -> str:
     head = ["table key", "problem", "before µs", "best µs", "before", "best", "written"]
     rows = []
@@ -163,7 +177,7 @@ def section(record: Record, path: Path, folder: Path) -> str:
             parts.append(timed_table(record))
     if OURS not in {n for r in record["rows"] if r["best_peer"] for n in r["ms"]}:
         parts.append(timed_table(record))  # nothing to draw: the numbers alone
-    return "\n".join([*parts, memory_table(record), notes_of(record), "</section>"])
+    return "\n".join([*parts, host_table(record), memory_table(record), notes_of(record), "</section>"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,9 @@
 
 Every measurement is one block of calls: CUDA events around it on a GPU, the wall clock on a CPU, divided by the number
 of calls. The providers take turns block by block, so that a noisy neighbour or a clock change falls on all alike.
+
+Calls in a row on a GPU: while one runs the host enqueues the next, so a time is that of the slower of the two. `apart`
+tells them from each other.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +21,8 @@ BLOCK_MS = {"cuda": 20.0, "cpu": 2.0}  # long enough that a clock's resolution a
 GRAPH_CALLS = 20
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # well past the caches
 GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
+APART_CALLS, APART_ROUNDS = 5, 10  # so few that they all fit in the queue of launches
+APART_CYCLES = 100_000_000  # of the GPU's clock, about 50 ms
 Calls = dict[str, Callable[[], object]]
 
 
@@ -85,6 +91,32 @@ def in_turns(
     return {name: Timing.of(ts) for name, ts in times.items()}
 
 
+class Apart(NamedTuple):
+    """Milliseconds a call, medians."""
+
+    host_ms: float  # until the call has returned: it enqueues and waits for nothing
+    gpu_ms: float | None  # with all kernels enqueued before the first one starts; None: not known
+
+
+def apart(call: Callable[[], object], device: torch.device) -> Apart:
+    """The host's and the GPU's share of a call: the GPU sleeps until a few are enqueued, then runs them in a row."""
+    hosts, gpus = [], []
+    for _ in range(APART_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(APART_CYCLES)
+        start.record()
+        begin = time.perf_counter()
+        for _ in range(APART_CALLS):
+            call()
+        hosts.append((time.perf_counter() - begin) * 1e3 / APART_CALLS)
+        end.record()
+        if not start.query():  # else it woke too early, and waited for the host
+            end.synchronize()
+            gpus.append(start.elapsed_time(end) / APART_CALLS)
+    return Apart(statistics.median(hosts), statistics.median(gpus) if gpus else None)
+
+
 def _graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -140,6 +172,10 @@ def quantity(value: float, unit: str) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:

@@ -56,7 +56,7 @@ def workloads(size: str, device: str, quick: bool) -> list[Workload]:
         return [dense, text] if device == "cpu" else [dense, text, *([attentions] if size == "base" else []), single]
     if size == "large" and device != "cpu":
         return [dense, text, single, Workload("dense", 8, 128)]
-    small = [Workload("dense", b, s) for b, s in ((1, 32), (8, 128), (32, 128)) if (b, s) != (batch, seq)]
+    small = [Workload("dense", b, s) for b, s in ((1, 32), (1, 64), (8, 128), (32, 128)) if (b, s) != (batch, seq)]
     return [
         dense,
         text,

@@ -163,7 +163,7 @@ class _Entry:
         self.shape = shape
         self.graph: Any = None
         self.static: Encoded | None = None
-        self.used = self.nbytes = 0
+        self.used, self.nbytes, self.in_one_launch = 0, 0, False
         self._true = (0, 0)
         self._views: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
@@ -322,14 +322,14 @@ def _captured(snapshot: Snapshot, key: Key, call: Call) -> _Entry:
         ids, mask, types, positions = buffers
         shape = torch.zeros(2, dtype=torch.int32, device=where)
 
-        op_by_op = one_launch_reason(view, key.B, key.S, snapshot.dtype, where) is not None or not first_try
-        form = encode if op_by_op else encode_in_one_launch
+        entry = _Entry(buffers, shape)
+        entry.in_one_launch = first_try and not one_launch_reason(view, key.B, key.S, snapshot.dtype, where)
+        form = encode_in_one_launch if entry.in_one_launch else encode
 
         def run() -> Encoded:
             packing = make_packing(mask, key.B, key.S, where, skip, view.uniform_empty, shape)
             return form(view, packing, ids, types, positions, None, key.hidden, key.attentions, key.first_tokens_only)
 
-        entry = _Entry(buffers, shape)
         entry.copy_in(call)  # the warm-up runs on real input
         dependent = key.B * key.S <= DEPENDENT_ROWS and first_try
         entry.graph, entry.static = graphs.device.backend.capture(run, dependent)
@@ -378,8 +378,8 @@ def plan(snapshot: Snapshot, call: Call) -> str:
         graphs, bucket = snapshot.graphs, f"{key.B} x {key.S}"
         if graphs is not None:
             if key in graphs.entries:
-                op_by_op = one_launch_reason(snapshot.view, key.B, key.S, snapshot.dtype, snapshot.device)
-                return f"replayed, bucket {bucket}" + ("" if op_by_op else ", layers in one launch")
+                how = ", layers in one launch" if graphs.entries[key].in_one_launch else ""
+                return f"replayed, bucket {bucket}{how}"
             if graphs.refused(key):
                 reason = f"capturing bucket {bucket} failed"
         reason = reason or f"bucket {bucket} is captured when it has come more than once"

@@ -38,9 +38,10 @@ def one_launch(so: bool) -> Iterator[None]:
 
 def is_wanted(rows: int, device: torch.device) -> bool:
     """Whether one launch is the choice for a capacity of `rows`; `one_launch_reason` says whether it can be taken."""
+    if rows > MAX_ROWS:
+        return False
     forced = _forced.get()
-    most = MAX_ROWS if forced else 0 if forced is False else MEASURED_ROWS.get(capability(device), 0)
-    return rows <= most
+    return rows <= MEASURED_ROWS.get(capability(device), 0) if forced is None else forced
 
 
 def _parameters(layer: LayerView) -> list[torch.Tensor | None]:

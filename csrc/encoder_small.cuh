@@ -3,9 +3,9 @@
 //   A layer is four products, all blocks side by side, and a barrier of the whole grid after each:
 //
 //   QKV    LayerNorm(h) x Wqkv + b                             -> qkv
-//   OUT    softmax(q k * scale) v x Wout + b + LayerNorm(h)    -> h1, statistics of h1   (and probabilities)
-//   UP     act(LayerNorm(h1) x Wup + b)                        -> wide
-//   DOWN   wide x Wdown + b + LayerNorm(h1)                    -> h, statistics of h
+//   OUT    softmax(q k * scale) v x Wout + b + LayerNorm(h)    -> h, its statistics   (and probabilities)
+//   UP     act(LayerNorm(h) x Wup + b)                         -> wide
+//   DOWN   wide x Wdown + b + LayerNorm(h)                     -> h, its statistics
 //
 //   After the last layer LayerNorm(h) -> last_hidden_state; hidden_states leave beside the QKV of the layer after.
 //
@@ -46,14 +46,14 @@ __device__ inline Task task(const Block& b, int layer, int product) {
   const Layer &own = p.layers[layer], &before = p.layers[layer > 0 ? layer - 1 : 0];
   Rows h = {p.x, hidden};  // the embeddings are normalised already
   if (layer > 0) h = {p.h, hidden, before.vector[GAMMA2], before.vector[BETA2], p.statistics, before.eps2};
-  const Rows h1 = {p.h1, hidden, own.vector[GAMMA1], own.vector[BETA1], p.statistics1, own.eps1};
+  const Rows h1 = {p.h, hidden, own.vector[GAMMA1], own.vector[BETA1], p.statistics, own.eps1};
   Task t = {layer, product, hand(p.shape, p.plan.groups, layer, product, b.group),
             slice(p.shape, product, b.peers.rank)};
   if (product == QKV) {
     t.x = h;
     t.to = {own.vector + QUERY_BIAS, hidden, p.qkv, 3 * hidden};
   } else if (product == OUT) {
-    t.to = {own.vector + OUT_BIAS, hidden, p.h1, hidden, -1, h, p.statistics1};
+    t.to = {own.vector + OUT_BIAS, hidden, p.h, hidden, -1, h, p.statistics};
   } else if (product == UP) {
     t.x = h1;
     t.to = {own.vector + UP_BIAS, wide, p.wide, wide, p.activation};

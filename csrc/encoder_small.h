@@ -33,11 +33,12 @@ struct Params {
   void* last;    // (B * S, hidden)
   void* hidden;  // (layers - 1, B * S, hidden)
   void* probs;   // (layers, B, heads, S, S)
-  // Workspace. h1 and h: rows before the LayerNorms; statistics: (mean, squared deviations) of TILE columns of a row.
-  void *qkv, *h1, *wide, *h;
-  void *statistics1, *statistics;  // (rows, hidden / TILE) float2
-  unsigned* counters;              // zeros: one for the grid, one for each group, COUNTER_STRIDE apart
-  char* strips;                    // sums that groups exchange on chips without clusters
+  // Workspace. h: rows before a LayerNorm, of which every number is exchanged by the thread that adds to it;
+  // statistics: (mean, squared deviations) of TILE columns of a row of h.
+  void *qkv, *wide, *h;
+  void* statistics;    // (rows, hidden / TILE) float2
+  unsigned* counters;  // zeros: one for the grid, one for each group, COUNTER_STRIDE apart
+  char* strips;        // sums that groups exchange on chips without clusters
 };
 constexpr int COUNTER_STRIDE = 32;  // a line of L2 each
 static_assert(sizeof(Params) <= 4096, "a kernel's parameters are 4 KB at most");
@@ -57,10 +58,8 @@ inline size_t lay_out(Params& p, char* base, bool clusters) {
   const size_t rows = size_t(s.batch) * s.length, row = rows * s.hidden * 2;
   p.counters = reinterpret_cast<unsigned*>(take(size_t(p.plan.groups + 1) * COUNTER_STRIDE * 4));
   p.qkv = take(3 * row);
-  p.h1 = take(row);
   p.h = take(row);
   p.wide = take(rows * s.intermediate * 2);
-  p.statistics1 = take(rows * (s.hidden / TILE) * 8);
   p.statistics = take(rows * (s.hidden / TILE) * 8);
   p.strips = take(clusters ? 0 : size_t(p.plan.blocks) * strip_bytes(s));
   return used;

@@ -77,6 +77,10 @@ HD Slice hand(const Shape& s, int groups, int layer, int product, int group) {
 // Pairs number pair_of(0, rank), pair_of(1, rank), ... are those of the block of a rank.
 HD int pair_of(int place, int rank) { return place * GROUP + rank; }
 
+// Every group computes all probabilities; the one with OUT's first tile, in the round in which it multiplies that,
+// stores them, each block those of its slice.
+HD bool stores_probabilities(const Slice& hand, int first) { return hand.begin + first == 0; }
+
 struct Plan {
   int blocks, groups;
   int round;         // tiles that a block multiplies at once
@@ -97,7 +101,8 @@ HD int x_row_bytes(const Plan& p) { return larger(p.x_units, 3) * p.unit * STEP 
 HD int row_bits(int rows) { return rows <= 16 ? 4 : rows <= 32 ? 5 : 6; }
 HD int sums_bytes(int tiles) { return WARPS * 16 * tiles * SUM_STRIDE * 4; }
 
-// Shared memory: barriers of the ring, the task at hand, statistics of the rows, the maps of pack, the region, the ring.
+// Shared memory: barriers of the ring, the task at hand, statistics of the rows, the maps of pack, the region, the
+// ring.
 constexpr int TASK_BYTES = 256;  // at most
 HD int task_offset() { return MAX_STAGES * 8; }
 HD int statistics_offset() { return task_offset() + TASK_BYTES; }

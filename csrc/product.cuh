@@ -213,7 +213,7 @@ __device__ void run(Block& b, Ring& ring, const Task& t) {
   for (int first = 0; first < t.tiles.count; first += plan.round) {
     const int count = smaller(plan.round, t.tiles.count - first);
     if (t.product == OUT && t.part.count) {
-      attend_all<E, D>(b, t.layer, t.part, b.p.probs && t.tiles.begin + first == 0);
+      attend_all<E, D>(b, t.layer, t.part, b.p.probs && stores_probabilities(t.tiles, first));
       __syncthreads();
     }
     Sums sum = {};
@@ -221,7 +221,7 @@ __device__ void run(Block& b, Ring& ring, const Task& t) {
     for (int before = 0, resident = 0; before < t.part.count; before += plan.unit, resident -= plan.unit) {
       if (t.product != OUT && resident == 0) {
         if (before > 0) __syncthreads();  // until all warps have multiplied the rows that were there
-        resident = smaller(plan.x_units * plan.unit, round_up(t.part.count - before, plan.unit));
+        resident = plan.x_units * plan.unit;
         load_rows<E, 1>(b, t.x, (t.part.begin + before) * STEP, smaller(resident, t.part.count - before) * STEP, merge);
         __syncthreads();
         x = b.region;

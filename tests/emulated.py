@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
         subprocess.run([COMPILER, *FLAGS, HERE / "encoder_small_emulated.cpp", "-o", file], check=True)
         loaded = ctypes.CDLL(str(file))
     loaded.run.restype = loaded.plan.restype = ctypes.c_char_p
-    loaded.stages.restype = loaded.stores.restype = ctypes.c_int64
+    loaded.stages.restype = loaded.stores.restype = loaded.probabilities.restype = ctypes.c_int64
     return loaded
 
 
@@ -107,3 +107,8 @@ def stages(shape: Shape, launch: Launch) -> torch.Tensor:
 def stores(shape: Shape, launch: Launch, rows: int) -> torch.Tensor:
     """(n, 5): block, layer, product, tile, row; every store of a product."""
     return _table("stores", 5, 1_000_000, numbers(shape, launch), ctypes.c_int(rows))
+
+
+def probabilities(shape: Shape, launch: Launch) -> torch.Tensor:
+    """(n, 3): block, layer, head; every head whose probabilities a block stores."""
+    return _table("probabilities", 3, 10_000, numbers(shape, launch))

@@ -114,3 +114,23 @@ extern "C" int64_t stores(const Numbers* n, int rows, int (*out)[5], int64_t roo
       }
   return count;
 }
+
+// Every head whose probabilities a block stores: block, layer, head. Returns how many.
+extern "C" int64_t probabilities(const Numbers* n, int (*out)[3], int64_t room) {
+  const Shape s = shape_of(*n);
+  Plan p;
+  make_plan(s, n->blocks, n->shared_limit, p);
+  int64_t count = 0;
+  for (int block = 0; block < p.blocks; ++block)
+    for (int layer = 0; layer < s.layers; ++layer) {
+      const Slice tiles = hand(s, p.groups, layer, OUT, block / GROUP), part = slice(s, OUT, block % GROUP);
+      for (int first = 0; first < tiles.count; first += p.round) {
+        const int heads = part.count * STEP / s.head_dim, before = part.begin * STEP / s.head_dim;
+        for (int head = 0; stores_probabilities(tiles, first) && head < heads && count < room; ++head) {
+          const int row[3] = {block, layer, before + head};
+          memcpy(out[count++], row, sizeof(row));
+        }
+      }
+    }
+  return count;
+}

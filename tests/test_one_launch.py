@@ -186,6 +186,7 @@ def test_a_failed_capture_is_tried_op_by_op(backend: FakeBackend, launches: list
         first = len(launches)
         for _ in range(8):
             ours(random_ids(B, S))
+        assert bert_fast.explain(ours, input_ids=random_ids(B, S)).graph == "replayed, bucket 2 x 32"
     assert backend.captures == 1
     assert len(launches) == first + 3  # the calls until the third and fourth sighting launch directly; no capture of it
 
