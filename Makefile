@@ -48,8 +48,9 @@ tune: .venv/.bench  ## search tiles for the GPU at hand (ARGS="--quick")
 
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check:  ## GPU tests and a short bench with the system's own python3: no venv, no install, no network
+	-$(PYTHON) setup.py -q build_ext --inplace  # the CUDA library, where there is an nvcc
 	$(PYTHON) -m pytest -m gpu -q tests/test_gpu_*.py
-	$(PYTHON) -m bench model --quick $(ARGS)
+	$(PYTHON) -m bench model --quick --one-launch $(ARGS)
 
 clean:  ## remove what these targets made
 	rm -rf .venv .venv-oldest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info bert_fast/_C*.so

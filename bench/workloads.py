@@ -51,12 +51,14 @@ def workloads(size: str, device: str, quick: bool) -> list[Workload]:
     dense = Workload("dense", batch, seq)
     text = Workload("lognormal, skip", batch, seq, "lognormal", "skip")
     attentions = Workload("attentions", batch, seq, outputs=("attentions",))
-    single = Workload("dense", 1, 128)
+    single, shortest = Workload("dense", 1, 128), Workload("dense", 1, 32)
+    if quick and device == "cpu":
+        return [dense, text]
     if quick:
-        return [dense, text] if device == "cpu" else [dense, text, *([attentions] if size == "base" else []), single]
+        return [dense, text, *([attentions] if size == "base" else []), single, shortest]
     if size == "large" and device != "cpu":
-        return [dense, text, single, Workload("dense", 8, 128)]
-    small = [Workload("dense", b, s) for b, s in ((1, 32), (1, 64), (8, 128), (32, 128)) if (b, s) != (batch, seq)]
+        return [dense, text, single, shortest, Workload("dense", 8, 128)]
+    small = [Workload("dense", b, s) for b, s in ((1, 64), (8, 128), (32, 128)) if (b, s) != (batch, seq)]
     return [
         dense,
         text,
@@ -65,6 +67,7 @@ def workloads(size: str, device: str, quick: bool) -> list[Workload]:
         Workload("uniform, skip", batch, seq, "uniform", "skip"),
         Workload("uniform, exact", batch, seq, "uniform"),
         single,
+        shortest,
         *small,
         *([Workload("dense", 4, 2048)] if size == "base" and device != "cpu" else []),
         Workload("classifier, uniform, auto", batch, seq, "uniform", "auto", head=True),

@@ -240,8 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> encoder_small(Tensor x, Tensor token, Tensor 
   check_cuda(cudaMemsetAsync(p.counters, 0, size_t(p.plan.groups + 1) * COUNTER_STRIDE * 4, on), "memset");
   std::array<cudaLaunchAttribute, 2> attributes;
   cudaLaunchConfig_t config = launch_config(device, p.plan.blocks, p.plan.shared_bytes, on, attributes);
-  attributes[config.numAttrs].id =
-      cudaLaunchAttributeCooperative;  // all blocks at once or none: they wait for each other
+  // All blocks at once or none: they wait for each other.
+  attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
   attributes[config.numAttrs++].val.cooperative = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, p), "launch");
   return {last, states, probs};

@@ -18,10 +18,10 @@
 //   deviations of its 16 columns too, and whoever reads rows merges these and normalises on the way in.
 //
 //   What is resident where. A block's shared memory: a ring of weight tiles | the activations of this product, in their
-//   place then the sums. The ring knows no products: the block's tiles of all layers follow each other in it, and are
-//   asked for as soon as there is room, long before the barrier that their product waits for. So memory streams weights
-//   all the time, and a product costs its latency: barrier, rows from L2, tensor cores, exchange, store. Rows between
-//   products live in L2.
+//   place then the sums. The ring knows no products: the block's tiles of all layers follow each other in it. What a
+//   product has used is asked for again while its barrier is awaited, about a layer ahead of its use, so that no
+//   product waits for weights: it costs its latency, that is barrier, rows from L2, tensor cores, exchange, store. Rows
+//   between products live in L2.
 #pragma once
 
 #include "product.cuh"

@@ -1,5 +1,4 @@
-// Who computes what in encoder_small: pure functions of a model's shape and of the number of blocks, for host and
-// device.
+// Who computes what in encoder_small: pure functions of a model's shape and of the number of blocks.
 //
 // Words, and BERT-base's numbers on 128 blocks:
 //   product  x (rows, inner) times a weight (features, inner); four a layer: QKV, OUT, UP, DOWN
@@ -101,8 +100,7 @@ HD int x_row_bytes(const Plan& p) { return larger(p.x_units, 3) * p.unit * STEP 
 HD int row_bits(int rows) { return rows <= 16 ? 4 : rows <= 32 ? 5 : 6; }
 HD int sums_bytes(int tiles) { return WARPS * 16 * tiles * SUM_STRIDE * 4; }
 
-// Shared memory: barriers of the ring, the task at hand, statistics of the rows, the maps of pack, the region, the
-// ring.
+// Shared memory: barriers of the ring, the task at hand, statistics of the rows, maps of pack, region, ring.
 constexpr int TASK_BYTES = 256;  // at most
 HD int task_offset() { return MAX_STAGES * 8; }
 HD int statistics_offset() { return task_offset() + TASK_BYTES; }
