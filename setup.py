@@ -9,7 +9,7 @@ Python, and every torch from 2.11 on. The environment says whether it is built:
 
     BERT_FAST_CUDA=auto       (default) where there is an nvcc; when the build fails, a line of warning and no library
     BERT_FAST_CUDA=1          always; when the build fails, so does the installation
-    BERT_FAST_CUDA=0          never
+    BERT_FAST_CUDA=0          never; one that an earlier build left in a checkout is removed
     BERT_FAST_CUDA_ARCHS=90a  only for these targets, as in sm_90a; a list
 """
 
@@ -32,7 +32,14 @@ if MODE not in ("0", "1", "auto"):
     raise SystemExit(f"BERT_FAST_CUDA={MODE}: expected 0 (no CUDA library), 1 (build it or fail) or auto")
 
 
+IN_PLACE = ROOT / "bert_fast/_C.abi3.so"
+
+
 class BuildLibrary(build_ext):
+    def run(self) -> None:
+        self.goes_in_place = self.inplace or self.editable_mode  # setuptools clears `inplace` meanwhile
+        super().run()
+
     def get_ext_filename(self, fullname: str) -> str:
         """The same name under every Python: the file is loaded by its path, never imported."""
         return os.path.join(*fullname.split(".")) + ".abi3.so"
@@ -51,8 +58,8 @@ class BuildLibrary(build_ext):
     def leave_out(self, library: Path) -> None:
         """A pure package after all. What an earlier build left is of other sources."""
         library.unlink(missing_ok=True)
-        if self.editable_mode:
-            (ROOT / self.get_ext_filename("bert_fast._C")).unlink(missing_ok=True)
+        if self.goes_in_place:
+            IN_PLACE.unlink(missing_ok=True)
         self.extensions = self.distribution.ext_modules = []
         if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
             wheel.root_is_pure = True
@@ -62,6 +69,9 @@ sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*
 can = sys.platform == "linux" and bool(sources) and find_nvcc() is not None
 library = MODE == "1" or (MODE == "auto" and can)
 abi3 = library and not sysconfig.get_config_var("Py_GIL_DISABLED")  # no such tag for free-threaded Pythons
+
+if MODE == "0" and {"editable_wheel", "build_ext"} & set(sys.argv):  # what was asked not to be here
+    IN_PLACE.unlink(missing_ok=True)
 
 setup(
     packages=["bert_fast", "bert_fast.families", "bert_fast.kernels"],

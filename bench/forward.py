@@ -133,16 +133,20 @@ def measure(session: Session, work: Workload) -> dict[str, Any]:
     else:
         try:
             verdicts = check(session, work, inputs, wanted)
-            for name in session.variants:
+        except torch.OutOfMemoryError as problem:
+            notes[OURS] = f"not checked: {timing.one_line(problem)}"
+        for name in session.variants if verdicts else ():
+            try:
                 if reason := why_not(name, models[OURS], arguments):
                     notes[name] = reason
                     continue
                 with VARIANTS[name].select():
                     found = check(session, work, inputs, wanted)
-                verdicts += [replace(v, name=f"{name}: {v.name}") for v in found]
-                variants.append(name)
-        except torch.OutOfMemoryError as problem:
-            notes[OURS] = f"not checked: {timing.one_line(problem)}"
+            except Exception as problem:  # it is no reason to end the bench, and it is not timed
+                notes[name] = f"not checked: {timing.one_line(problem)}"
+                continue
+            verdicts += [replace(v, name=f"{name}: {v.name}") for v in found]
+            variants.append(name)
     if verdicts and all(v.ok for v in verdicts):
         calls: dict[str, Callable[[], object]] = {}
         for name, model in models.items():

@@ -12,7 +12,7 @@ import torch
 
 from bert_fast.explain import explanation
 from bert_fast.folded import folded_reason, folding
-from bert_fast.one_launch import one_launch, one_launch_reason
+from bert_fast.one_launch import is_forced, one_launch, one_launch_reason
 from bert_fast.packing import make_packing
 from bert_fast.snapshot import Snapshot, held
 
@@ -43,9 +43,13 @@ def _not_folded(model: torch.nn.Module, arguments: dict[str, Any]) -> str | None
 
 
 def _not_in_one_launch(model: torch.nn.Module, arguments: dict[str, Any]) -> str | None:
-    snapshot, _, B, S = last_call(model, arguments)
+    snapshot, replayed, B, S = last_call(model, arguments)
+    if replayed:
+        return next(reversed(snapshot.graphs.entries.values())).op_by_op
     if snapshot.graphs is not None and any(key.one_launch for key in snapshot.graphs.failures):
-        return "a capture of it failed, and the next one launches op by op"
+        return "a capture of it failed, and the next one is op by op"
+    if not is_forced():
+        return "calls without a graph launch op by op"
     return one_launch_reason(snapshot.view, B, S, snapshot.dtype, snapshot.device)
 
 

@@ -7,7 +7,7 @@ import torch
 from bert_fast.encoder import Encoded, encode
 from bert_fast.folded import encode_folded, folded_reason
 from bert_fast.graphs import Call
-from bert_fast.one_launch import encode_in_one_launch, one_launch_reason
+from bert_fast.one_launch import encode_in_one_launch, is_forced, one_launch_reason
 from bert_fast.packing import make_packing, relative_mask
 from bert_fast.snapshot import Snapshot
 from bert_fast.training import encode_training
@@ -27,10 +27,8 @@ def run_directly(call: Call, snapshot: Snapshot) -> Encoded:
     if torch.is_grad_enabled() or snapshot.training or torch.is_autocast_enabled(device.type):
         masked = call.attentions and _hides_keys(given)
         return encode_training(view, packing, *inputs, call.hidden, call.attentions, masked)
-    run = encode
-    if mask is None or mask.dim() == 2:
+    run = encode_folded if folded_reason(view, packing, snapshot.dtype, device) is None else encode
+    if is_forced() and packing.bias is None:
         if one_launch_reason(view, call.B, call.S, snapshot.dtype, device) is None:
             run = encode_in_one_launch
-    if run is encode and folded_reason(view, packing, snapshot.dtype, device) is None:
-        run = encode_folded
     return run(view, packing, *inputs, call.hidden, call.attentions, call.first_tokens_only)

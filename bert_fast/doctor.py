@@ -58,7 +58,7 @@ def describe(device: torch.device) -> list[str]:
     own = (configs.FOLDER / f"{arch}.json").exists()
     tiles = f"{arch}.json over generic.json" if own else f"generic.json (there is no {arch}.json)"
     rows = MEASURED_ROWS.get(capability, 0)
-    launch = f"up to {rows} rows" if rows else "not taken, since it has not been measured on such a GPU"
+    launch = extension.load() or f"up to {rows} rows" if rows else "not taken: it has not been measured on such a GPU"
     return [*lines, f"        all layers in one launch: {launch}", f"        tiles: {tiles}", *tile_lines(arch)]
 
 

@@ -1,8 +1,8 @@
 """What a family of models is: where transformers keeps the parts that our ops read, and a view of one model's.
 
 A `Family` is written down once for an architecture (families/) by names. `view` follows the names in one model and
-gives the parts themselves; everything that computes (encoder.py, training.py, folded.py) sees views only, so that no
-line of it knows an architecture.
+gives the parts themselves; everything that computes (encoder.py, training.py, folded.py, one_launch.py) sees views
+only, so that no line of it knows an architecture.
 """
 
 from __future__ import annotations

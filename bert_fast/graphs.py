@@ -163,7 +163,8 @@ class _Entry:
         self.shape = shape
         self.graph: Any = None
         self.static: Encoded | None = None
-        self.used, self.nbytes, self.in_one_launch = 0, 0, False
+        self.used = self.nbytes = 0
+        self.op_by_op: str | None = None  # why its layers are not one launch
         self._true = (0, 0)
         self._views: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
@@ -311,7 +312,7 @@ def _capture(snapshot: Snapshot, key: Key, call: Call) -> _Entry | None:
 
 
 def _captured(snapshot: Snapshot, key: Key, call: Call) -> _Entry:
-    graphs, where, skip, view = snapshot.graphs, snapshot.device, key.skip, snapshot.view
+    graphs, where, view = snapshot.graphs, snapshot.device, snapshot.view
     first_try = key not in graphs.failures
     # ordinary tensors, so that no_grad and inference_mode may both write them
     with torch.inference_mode(False), torch.no_grad():
@@ -321,18 +322,16 @@ def _captured(snapshot: Snapshot, key: Key, call: Call) -> _Entry:
         )
         ids, mask, types, positions = buffers
         shape = torch.zeros(2, dtype=torch.int32, device=where)
-
-        entry = _Entry(buffers, shape)
-        entry.in_one_launch = first_try and not one_launch_reason(view, key.B, key.S, snapshot.dtype, where)
-        form = encode_in_one_launch if entry.in_one_launch else encode
+        entry, why_not = _Entry(buffers, shape), one_launch_reason(view, key.B, key.S, snapshot.dtype, where)
+        entry.op_by_op = why_not if first_try else "a capture failed"
+        form = encode if entry.op_by_op else encode_in_one_launch
 
         def run() -> Encoded:
-            packing = make_packing(mask, key.B, key.S, where, skip, view.uniform_empty, shape)
+            packing = make_packing(mask, key.B, key.S, where, key.skip, view.uniform_empty, shape)
             return form(view, packing, ids, types, positions, None, key.hidden, key.attentions, key.first_tokens_only)
 
         entry.copy_in(call)  # the warm-up runs on real input
-        dependent = key.B * key.S <= DEPENDENT_ROWS and first_try
-        entry.graph, entry.static = graphs.device.backend.capture(run, dependent)
+        entry.graph, entry.static = graphs.device.backend.capture(run, first_try and key.B * key.S <= DEPENDENT_ROWS)
     return entry
 
 
@@ -378,8 +377,9 @@ def plan(snapshot: Snapshot, call: Call) -> str:
         graphs, bucket = snapshot.graphs, f"{key.B} x {key.S}"
         if graphs is not None:
             if key in graphs.entries:
-                how = ", layers in one launch" if graphs.entries[key].in_one_launch else ""
-                return f"replayed, bucket {bucket}{how}"
+                why_not = graphs.entries[key].op_by_op
+                layers = f", layers op by op: {why_not}" if why_not else ", layers in one launch"
+                return f"replayed, bucket {bucket}{layers * key.one_launch}"
             if graphs.refused(key):
                 reason = f"capturing bucket {bucket} failed"
         reason = reason or f"bucket {bucket} is captured when it has come more than once"

@@ -19,8 +19,9 @@ from bert_fast.kernels.runtime import capability
 from bert_fast.packing import Packing
 from bert_fast.tiers import activation_name
 
-# Compute capability -> rows (batch * length) up to which one launch is taken. A number here follows a record in
-# bench/results that shows it faster there than the graph of Triton kernels (`bench model --one-launch`); there is none.
+# Compute capability -> rows (batch * length) up to which the CUDA graphs of a forward have one launch. A number here
+# follows records in bench/results that show it faster there than the graph of Triton kernels (`bench model
+# --one-launch`); there are none. Calls without a graph launch op by op: 16 tensors a layer cost the host more.
 MEASURED_ROWS: dict[tuple[int, int], int] = {}
 
 _forced: ContextVar[bool | None] = ContextVar("bert_fast_one_launch", default=None)
@@ -42,6 +43,11 @@ def is_wanted(rows: int, device: torch.device) -> bool:
         return False
     forced = _forced.get()
     return rows <= MEASURED_ROWS.get(capability(device), 0) if forced is None else forced
+
+
+def is_forced() -> bool:
+    """Whether this thread is within `one_launch(True)`."""
+    return _forced.get() is True
 
 
 def _parameters(layer: LayerView) -> list[torch.Tensor | None]:
@@ -66,11 +72,13 @@ def one_launch_reason(view: ModelView, B: int, S: int, dtype: torch.dtype, devic
     for what in ("scale", "heads"):
         if len({getattr(layer, what) for layer in layers}) > 1:
             return f"{what} differs between the layers"
+    if len({layer.up.out_features for layer in layers}) > 1:
+        return "the intermediate size differs between the layers"
     if len({activation_name(layer.act) for layer in layers}) > 1:
         return "the activation differs between the layers"
     for x in (x for layer in layers for x in _parameters(layer)):
         if x is None:
-            return "a dense layer has no bias"
+            return "a dense layer or a LayerNorm has no bias"
         if not x.is_contiguous() or x.data_ptr() % 16:
             return f"a parameter {tuple(x.shape)} at {x.data_ptr():#x} is not dense, or not made of 16-byte units"
     intermediate = layers[0].up.out_features
@@ -101,5 +109,7 @@ def encode_in_one_launch(
     hidden = []
     if want_hidden:
         hidden = [_padded(rows if p.identity else padded, p), *(_padded(x, p) for x in states)]
-    last, attentions = _padded(last, p), list(probs) if want_attentions else []
+    last = _padded(last, p)
+    # no views to autograd, as in _padded
+    attentions = [torch.ops.aten._unsafe_view(x, x.shape) for x in probs] if want_attentions else []
     return _encoded(view, last[:, :1] if first_tokens_only else last, hidden, attentions, want_hidden)

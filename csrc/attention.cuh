@@ -125,8 +125,8 @@ __device__ void attend_all(Block& b, int layer, Slice part, bool store) {
       for (int head = 0; head < heads; ++head) {
         if (turn++ % WARPS) continue;
         const int64_t matrix = (int64_t(layer) * s.batch + sequence) * s.heads + before + head;
-        uint16_t* probs = static_cast<uint16_t*>(b.p.probs) + matrix * s.length * s.length;
-        attend<E, D>(b, sequence, head, first, width, store ? probs : nullptr);
+        uint16_t* probs = store ? static_cast<uint16_t*>(b.p.probs) + matrix * s.length * s.length : nullptr;
+        attend<E, D>(b, sequence, head, first, width, probs);
       }
     }
   }

@@ -72,6 +72,12 @@ def gencode(nvcc: str) -> list[str]:
     return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
 
 
+def sources_digest() -> str:
+    """Of all that the library is made of; it carries it, and kernels/extension.py compares."""
+    files = sorted(path for path in CSRC.iterdir() if path.suffix in (".cu", ".cuh", ".h"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
 def build(library: Path, folder: Path) -> None:
     """Objects stay in `folder` under a hash of what made them, so that only what changed is compiled again.
 
@@ -85,19 +91,22 @@ def build(library: Path, folder: Path) -> None:
     torch = find_torch()
     flags = [*FLAGS, *gencode(nvcc)]
     threads = max(1, CPUS // len(sources))  # for the targets of one source
-    headers = [path.read_bytes() for path in sorted([*CSRC.glob("*.cuh"), *CSRC.glob("*.h")])]
     made_by = [run(nvcc, "--version"), *flags, *(os.environ.get(name, "") for name in NVCC_READS)]
+    headers = [path.read_bytes() for path in sorted([*CSRC.glob("*.cuh"), *CSRC.glob("*.h")])]
     common = b"\0".join([*(text.encode() for text in made_by), *headers])
+    made_of = f'-DBERT_FAST_SOURCES="{sources_digest()}"'
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
-        digest = hashlib.sha256(common + b"\0" + source.read_bytes()).hexdigest()[:16]
+        text = source.read_bytes()
+        own = [made_of] if b"BERT_FAST_SOURCES" in text else []
+        digest = hashlib.sha256(b"\0".join([common, text, *(flag.encode() for flag in own)])).hexdigest()[:16]
         whole = folder / f"{source.stem}-{digest}.o"
         if not whole.exists():
             part = folder / f"{whole.name}.{os.getpid()}"  # renamed when done: another build may run beside this one
-            command = [nvcc, *flags, f"--threads={threads}", f"-I{torch / 'include'}", "-c", os.path.relpath(source)]
-            print(run(*command, "-o", str(part)), end="", flush=True)
+            command = [nvcc, *flags, *own, f"--threads={threads}", f"-I{torch / 'include'}"]
+            print(run(*command, "-c", os.path.relpath(source), "-o", str(part)), end="", flush=True)
             part.replace(whole)
         return whole
 

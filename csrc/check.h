@@ -47,7 +47,7 @@ inline void check(const char* op, const char* name, const Tensor& x, const std::
   STD_TORCH_CHECK(found == shape && x.scalar_type() == type && x.is_contiguous() && same_device && aligned, op, ": ",
                   name, " is ", text(found), " ", name_of(x.scalar_type()), x.is_contiguous() ? "" : ", not contiguous",
                   same_device ? "" : ", on another device than x", aligned ? "" : ", unaligned", ", expected ",
-                  text(shape), " ", name_of(type), " in units of ", alignment, " bytes");
+                  text(shape), " ", name_of(type), " at a multiple of ", alignment, " bytes");
 }
 
 }  // namespace bert_fast

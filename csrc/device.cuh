@@ -171,18 +171,29 @@ struct Group {
   }
 
   // What the blocks have put at `own` is there for `of` and `read` after; nothing else is ordered. (A barrier with
-  // .release would have every warp wait for its global stores, and for the copies of weights on their way.)
+  // .release has every warp wait for its global stores as well; compilers before 12.8 know no other.)
   __device__ void sync() {
 #if BERT_FAST_CLUSTERS
-    asm volatile(
-        "fence.release.sync_restrict::shared::cta.cluster;\n"
-        "barrier.cluster.arrive.relaxed.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" ::
+                     : "memory");
+#else
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     target += SIZE;
     arrive_at(counter);
     wait_at(counter, target);
+#endif
+  }
+
+  // Nobody reads what is at `own` any more.
+  __device__ void release() {
+#if BERT_FAST_CLUSTERS
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    sync();
 #endif
   }
 };

@@ -68,23 +68,25 @@ cudaLaunchConfig_t launch_config(const Device& device, int blocks, int shared_by
 }
 
 Device query(Kernel kernel, int index) {
-  int major = 0, multiprocessors = 0, per_multiprocessor = 0, found = 0;
+  int cooperative = 0, multiprocessors = 0, per_multiprocessor = 0, found = 0;
   Device device = {};
   const auto read = [&](int& value, cudaDeviceAttr attribute) {
     check_cuda(cudaDeviceGetAttribute(&value, attribute, index), "device attribute");
   };
-  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(cooperative, cudaDevAttrCooperativeLaunch);
   read(multiprocessors, cudaDevAttrMultiProcessorCount);
   read(device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  device.clusters = major >= 9 && major < 12;  // as BERT_FAST_CLUSTERS in device.cuh
   const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, function), "no code for this GPU");
+  device.clusters = attributes.ptxVersion >= 90 && attributes.ptxVersion < 120;  // as BERT_FAST_CLUSTERS in device.cuh
   check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit),
              "shared memory");
-  if (multiprocessors < GROUP) return device;
+  if (!cooperative || multiprocessors < GROUP) return device;
   if (device.clusters) {
-    std::array<cudaLaunchAttribute, 2> attributes;
+    std::array<cudaLaunchAttribute, 2> room;
     const cudaLaunchConfig_t config =
-        launch_config(device, multiprocessors / GROUP * GROUP, device.shared_limit, nullptr, attributes);
+        launch_config(device, multiprocessors / GROUP * GROUP, device.shared_limit, nullptr, room);
     check_cuda(cudaOccupancyMaxActiveClusters(&found, function, &config), "occupancy");
     device.blocks = found * GROUP;
   } else {

@@ -50,7 +50,7 @@ HD int64_t strip_bytes(const Shape& s) { return int64_t(ROUND) * SUM_STRIDE * 4 
 inline size_t lay_out(Params& p, char* base, bool clusters) {
   size_t used = 0;
   const auto take = [&](size_t bytes) {
-    char* at = base + used;
+    char* at = base ? base + used : nullptr;
     used += (bytes + 255) / 256 * 256;
     return at;
   };

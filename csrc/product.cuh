@@ -233,7 +233,7 @@ __device__ void run(Block& b, Ring& ring, const Task& t) {
     }
     __syncthreads();  // the region's rows are multiplied; sums take their place
     add_blocks<E>(b, t, first, count, sum);
-    if (first + plan.round < t.tiles.count) b.peers.sync();  // before the region, or the strip, is written again
+    if (first + plan.round < t.tiles.count) b.peers.release();  // before the region, or the strip, is written again
   }
   merge();  // also where no rows were loaded: the residual of the next product is normalised with them
 }

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
+import runpy
 from pathlib import Path
 
 import torch
 
 NAME = "_C.abi3.so"
 NOT_BUILT = "csrc extension is not built"
+OUTDATED = "csrc extension is of other sources than those in csrc/; build it again"
 
 
 def path() -> Path | None:
     """The file, if there is one: in bert_fast/, which holds this folder or, in a checkout, stands beside it."""
     above = Path(__file__).resolve().parents[1]
     return next((file for file in (above / NAME, above / "bert_fast" / NAME) if file.is_file()), None)
+
+
+def _sources() -> str | None:
+    """Digest of csrc/ in a checkout; an installed package has no such folder, and came with its library."""
+    script = Path(__file__).resolve().parents[1] / "csrc/build_library.py"
+    return runpy.run_path(str(script))["sources_digest"]() if script.is_file() else None
 
 
 @functools.cache
@@ -28,6 +36,7 @@ def load() -> str | None:
         return NOT_BUILT
     try:
         torch.ops.load_library(str(file))
-    except (OSError, RuntimeError) as error:
+        made_of = torch.ops.bert_fast.library_sources()
+    except (OSError, RuntimeError, AttributeError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
-    return None
+    return None if made_of == (_sources() or made_of) else OUTDATED

@@ -574,6 +574,8 @@ struct Group {
     arrive_at(counter, call);
     wait_at(counter, target, call);
   }
+
+  void release(BERT_FAST_CALL("Group::release")) { sync(call); }
 };
 
 }  // namespace bert_fast

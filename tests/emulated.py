@@ -6,6 +6,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -16,8 +17,9 @@ import torch
 from bert_fast.kernels.encoder_small import VECTORS, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
-COMPILER = shutil.which("c++") or shutil.which("g++")
-FLAGS = "-std=c++17 -O2 -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -shared".split()
+COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None  # ucontext, mmap
+NO_COMPILER = "no C++ compiler (c++ or g++ on Linux)"
+FLAGS = "-std=c++17 -O2 -fno-strict-aliasing -fPIC -shared".split()
 PLAN = ("blocks", "groups", "round", "unit", "stages", "x_units", "region_bytes", "shared_bytes")
 SHARED_LIMITS = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block, by architecture
 

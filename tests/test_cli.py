@@ -148,7 +148,12 @@ def test_doctor_on_the_extension(monkeypatch, tmp_path):
     assert "\n" not in line
     opened = []
     monkeypatch.setattr(torch.ops, "load_library", opened.append)
+    monkeypatch.setattr(torch.ops.bert_fast, "library_sources", lambda: extension._sources(), raising=False)
     assert doctor.extension_line() == "csrc extension: present, loaded" and opened == [str(library)]
+    monkeypatch.setattr(torch.ops.bert_fast, "library_sources", lambda: "older")
+    assert doctor.extension_line() == f"csrc extension: present but does not load: {extension.OUTDATED}"
+    monkeypatch.setattr(extension, "_sources", lambda: None)  # installed: there are no sources to compare with
+    assert doctor.extension_line() == "csrc extension: present, loaded"
 
 
 def test_doctor_tile_lines_are_the_table():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from emulated import COMPILER, NO_COMPILER
 
-COMPILER = shutil.which("c++") or shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++ or g++)")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
 
 SEEDS = range(8)
 BLOCKS, THREADS = 4, 64

@@ -7,13 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import COMPILER, SHARED_LIMITS, Launch, Shape, encoder_small_emulated, plan, probabilities, stages, stores
+from emulated import (
+    COMPILER,
+    NO_COMPILER,
+    SHARED_LIMITS,
+    Launch,
+    Shape,
+    encoder_small_emulated,
+    plan,
+    probabilities,
+    stages,
+    stores,
+)
 from kernel_helpers import assert_error_rule, double, randn
 
 from bert_fast.kernels.encoder_small import ACTIVATIONS, encoder_small, encoder_small_ref
 from bert_fast.kernels.pack import pack_ref
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++ or g++)")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
 BF16, FP16 = torch.bfloat16, torch.float16
 QKV, OUT, UP, DOWN = range(4)
 A100, H100, GEFORCE = (Launch(shared_limit=SHARED_LIMITS[arch], clusters=arch == 90) for arch in (80, 90, 120))
@@ -72,6 +83,7 @@ CASES = {
     "64 sequences of one token": (Shape(1, 64, 64, 2, 64, 1), "ones", False, FP16, A100),
     "empty sequences": (Shape(2, 64, 64, 2, 4, 5), "empty", True, BF16, H100),
     "empty sequences, all rows": (Shape(2, 64, 64, 2, 4, 5), "empty", False, FP16, A100),
+    "24 layers": (Shape(24, 32, 48, 1, 1, 16), "ones", False, BF16, A100),
     "head_dim 128": (Shape(2, 256, 128, 2, 3, 20), "left", False, BF16, H100),
     "MiniLM's layer": (Shape(1, 384, 1536, 12, 1, 32), "ones", False, BF16, Launch(blocks=32)),
     "BERT-base's layer": (Shape(1, 768, 3072, 12, 1, 40), "ones", False, FP16, Launch(blocks=32)),
@@ -83,6 +95,18 @@ CASES = {
 def test_kernel(case: str) -> None:
     shape, mask, skip, dtype, launch = CASES[case]
     assert_right(arguments(shape, mask_of(mask, shape.B, shape.S), skip, dtype), launch)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_batch_in_a_larger_buffer(skip: bool) -> None:
+    """That of a CUDA graph: sequences without a row, tokens that no row stands for."""
+    shape = Shape(2, 64, 96, 2, 4, 16)
+    args = arguments(shape, mask_of("holes", 4, 16), skip, BF16)
+    maps = pack_ref(mask_of("holes", 4, 16), skip, torch.tensor([2, 11], dtype=torch.int32))
+    args |= dict(zip(("token", "cu_seqlens", "kv_len"), maps, strict=False))
+    assert args["cu_seqlens"][-1] <= 22 and not args["cu_seqlens"].diff()[2:].any()
+    for launch in (H100, A100):
+        assert_right(args, launch)
 
 
 def test_an_empty_sequence_has_a_context_of_zeros() -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -24,8 +25,11 @@ import bert_fast
 OP = """
 #include <torch/csrc/stable/library.h>
 int64_t next(int64_t x) { return x + 1; }
+std::string sources() { return BERT_FAST_SOURCES; }
 STABLE_TORCH_LIBRARY(bert_fast_probe, m) { m.def("next(int x) -> int"); }
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_probe, CompositeExplicitAutograd, m) { m.impl("next", TORCH_BOX(&next)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast, m) { m.def("library_sources() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CompositeExplicitAutograd, m) { m.impl("library_sources", TORCH_BOX(&sources)); }
 """
 BROKEN = "#error broken on purpose\n"
 STAND_IN = """#!/bin/sh
@@ -165,6 +169,11 @@ def test_source_that_does_not_compile(compiler: str, stand_in: dict[str, str], t
     assert (headers["Root-Is-Purelib"], headers.get_all("Tag")) == ("true", ["py3-none-any"])
 
 
+def in_place(source: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = sys.executable, "setup.py", "-q", "build_ext", "--inplace"
+    return run(*command, cwd=source, env={k: v for k, v in os.environ.items() if k not in REAL} | env)
+
+
 def test_no_library_of_other_sources_stays(stand_in: dict[str, str], tmp_path: Path) -> None:
     source = scratch(tmp_path / "src", op=OP)
     for what, names in {"wheel": [WHEEL, LIBRARY], "editable": [WHEEL.replace("-cp", "-0.editable-cp")]}.items():
@@ -177,10 +186,21 @@ def test_no_library_of_other_sources_stays(stand_in: dict[str, str], tmp_path: P
     assert built_names(tmp_path / "next") == [PURE_WHEEL]
     build("editable", source, tmp_path / "next editable", **stand_in)
     assert not (source / LIBRARY).exists()
+    (source / LIBRARY).write_bytes(b"old")
+    assert in_place(source, **stand_in).returncode == 0 and not (source / LIBRARY).exists()  # as make gpu-check does
+
+
+def test_a_library_that_is_not_wanted_goes(stand_in: dict[str, str], tmp_path: Path) -> None:
+    source = scratch(tmp_path / "src", op=OP)
+    assert in_place(source, **stand_in).returncode == 0 and (source / LIBRARY).is_file()
+    build("wheel", source, tmp_path / "wheel", BERT_FAST_CUDA="0", **stand_in)
+    assert (source / LIBRARY).is_file()  # a wheel is none of its business
+    build("editable", source, tmp_path / "editable", BERT_FAST_CUDA="0", **stand_in)
+    assert not (source / LIBRARY).exists()
 
 
 def test_only_what_changed_is_compiled(stand_in: dict[str, str], tmp_path: Path) -> None:
-    source = scratch(tmp_path / "src", one=OP, two=OP)
+    source = scratch(tmp_path / "src", one="", two="")
 
     def sources(what: str = "wheel", **env: str) -> set[str]:
         folder = tmp_path / "dist"
@@ -191,8 +211,13 @@ def test_only_what_changed_is_compiled(stand_in: dict[str, str], tmp_path: Path)
     both = {"csrc/one.cu", "csrc/two.cu"}
     assert sources() == both
     assert sources() == sources("editable") == set()
-    (source / "csrc/two.cu").write_text(OP + "//")
+    (source / "csrc/two.cu").write_text("//")
     assert sources("editable") == {"csrc/two.cu"}
+    (source / "csrc/three.cu").write_text("BERT_FAST_SOURCES")
+    assert sources() == {"csrc/three.cu"}
+    (source / "csrc/two.cu").write_text("// again")
+    assert sources() == {"csrc/two.cu", "csrc/three.cu"}  # the latter says what all were
+    (source / "csrc/three.cu").unlink()
     (source / "csrc/new.cuh").write_text("")
     assert sources() == both
     assert sources(NVCC_APPEND_FLAGS="-lineinfo") == both

@@ -3,6 +3,7 @@ under compute-sanitizer. What needs no GPU is in test_encoder_small.py, test_ext
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import random
@@ -45,7 +46,8 @@ Args = dict[str, Any]
 def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     """Ends the process, saying where it stands, after minutes that no test takes: blocks that wait for others which
     never start hold the GPU, and whoever waits for it, for ever."""
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+    capture = request.config.pluginmanager.getplugin("capturemanager")  # absent under -p no:capture
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
         terminal = os.dup(2)
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=terminal)
     yield

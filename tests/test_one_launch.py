@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import COMPILER, encoder_small_emulated
+from emulated import COMPILER, NO_COMPILER, encoder_small_emulated
 from fake_graphs import FakeBackend, backend  # noqa: F401
 from helpers import MASK_KINDS, assert_error_rule, pair, ragged_mask, random_ids
 from test_real_weights import folder_of, load
@@ -23,7 +23,7 @@ BF16, CPU, CUDA = torch.bfloat16, torch.device("cpu"), torch.device("cuda", 0)
 B, S = 2, 11
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64}
 FLAGS = {"output_hidden_states": True, "output_attentions": True}
-emulates = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++ or g++)")
+emulates = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
 
 
 @pytest.fixture(autouse=True)
@@ -186,13 +186,53 @@ def test_a_failed_capture_is_tried_op_by_op(backend: FakeBackend, launches: list
         first = len(launches)
         for _ in range(8):
             ours(random_ids(B, S))
-        assert bert_fast.explain(ours, input_ids=random_ids(B, S)).graph == "replayed, bucket 2 x 32"
+        told = bert_fast.explain(ours, input_ids=random_ids(B, S)).graph
+    assert told == "replayed, bucket 2 x 32, layers op by op: a capture failed"
     assert backend.captures == 1
     assert len(launches) == first + 3  # the calls until the third and fourth sighting launch directly; no capture of it
 
 
-def test_off_unless_measured() -> None:
-    assert module.MEASURED_ROWS == {} and not is_wanted(1, CUDA if torch.cuda.is_available() else CPU)
+def test_off_unless_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEASURED_ROWS", {(9, 0): 64})
+    monkeypatch.setattr(module, "capability", lambda device: (8, 0))
+    assert not is_wanted(1, CUDA)
+    monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    assert is_wanted(1, CUDA)
+    monkeypatch.setattr(module, "MEASURED_ROWS", {})
+    assert not is_wanted(1, CUDA)
+
+
+@emulates
+def test_graphs_take_it_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: FakeBackend,  # noqa: F811
+    launches: list,
+) -> None:
+    """Without being forced: calls without a graph launch op by op, what is captured is one launch."""
+    monkeypatch.setattr(module, "MEASURED_ROWS", {(0, 0): 64})  # what the CPU says its capability is
+    _, ours = small()
+    ours(random_ids(B, S))
+    assert not launches
+    ours(random_ids(B, S))
+    assert backend.captures == 1 and set(launches) == {(64, 64)}
+    told = bert_fast.explain(ours, input_ids=random_ids(B, S)).graph
+    assert told == "replayed, bucket 2 x 32, layers in one launch"
+    ours.float()
+    for _ in range(3):
+        ours(random_ids(B, S))
+    assert "op by op: one launch is for bfloat16" in bert_fast.explain(ours, input_ids=random_ids(B, S)).graph
+
+
+@emulates
+def test_outputs_are_no_views(launches: list) -> None:
+    """Changed in place with gradients on, as after `encode`."""
+    _, ours = small()
+    with one_launch(True):
+        got = ours(random_ids(B, S), **FLAGS)
+    with torch.enable_grad():
+        for x in (got.last_hidden_state, *got.hidden_states, *got.attentions, got.pooler_output):
+            x.mul_(nn.Parameter(torch.ones(1, dtype=BF16)))
+            assert x.requires_grad
 
 
 def test_by_default_on_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +266,12 @@ def _other_act(model: Any) -> None:
     model.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
 
 
+def _uneven(model: Any) -> None:
+    """As pruning leaves it."""
+    layer = model.encoder.layer[1]
+    layer.intermediate.dense, layer.output.dense = nn.Linear(64, 48, dtype=BF16), nn.Linear(48, 64, dtype=BF16)
+
+
 def _no_bias(model: Any) -> None:
     model.encoder.layer[0].attention.self.query.bias = None
 
@@ -235,7 +281,8 @@ def _no_bias(model: Any) -> None:
     [
         (_half_scale, "scale differs between the layers"),
         (_other_act, "the activation differs between the layers"),
-        (_no_bias, "a dense layer has no bias"),
+        (_no_bias, "a dense layer or a LayerNorm has no bias"),
+        (_uneven, "the intermediate size differs between the layers"),
         (_strided, "is not dense, or not made of 16-byte units"),
         (_unaligned, "is not dense, or not made of 16-byte units"),
         (lambda model: model.float(), "not torch.float32"),
