@@ -4,7 +4,7 @@ A layer, with LN the LayerNorm and softmax over the keys of a row's own sequence
 
     a = LN1(x + out(softmax(q k^T * scale) v)),    y = LN2(a + down(act(up(a)))).
 
-At one short text 12 layers are 60 launches of a few microseconds each, several times what reading the weights takes.
+For one short text the five launches of each layer cost more than the work in them, which is reading the weights.
 The kernel is CUDA C++ (csrc/encoder_small.cuh), since Triton has no barrier over a grid; it is in the library that
 kernels/extension.py loads, and this op has no CUDA body where that is absent. On CPU it runs the definition.
 """
