@@ -31,7 +31,6 @@ MODE = os.environ.get("BERT_FAST_CUDA", "auto")
 if MODE not in ("0", "1", "auto"):
     raise SystemExit(f"BERT_FAST_CUDA={MODE}: expected 0 (no CUDA library), 1 (build it or fail) or auto")
 
-
 IN_PLACE = ROOT / "bert_fast/_C.abi3.so"
 
 

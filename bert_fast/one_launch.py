@@ -1,7 +1,7 @@
 """The encoder tier with all layers in one launch (kernels/encoder_small.py), for a batch of few rows.
 
 Embeddings and pooler are the ops of encoder.py. All rows of the last layer are computed, also where only those of the
-first tokens are read: at so few rows that costs nothing.
+first tokens are read, which is no launch more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bert_fast.tiers import activation_name
 
 # Compute capability -> rows (batch * length) up to which the CUDA graphs of a forward have one launch. A number here
 # follows records in bench/results that show it faster there than the graph of Triton kernels (`bench model
-# --one-launch`); there are none. Calls without a graph launch op by op: 16 tensors a layer cost the host more.
+# --one-launch`); there are none. Calls without a graph launch op by op: a replay spares the host 16 tensors a layer.
 MEASURED_ROWS: dict[tuple[int, int], int] = {}
 
 _forced: ContextVar[bool | None] = ContextVar("bert_fast_one_launch", default=None)

@@ -110,7 +110,7 @@ __device__ void attend(Block& b, int sequence, int head, int first, int width, u
 }
 
 // The context of the slice's heads, all rows, into the region, as load_rows would bring it; all threads, then a
-// __syncthreads. Every group computes the context that it multiplies: that costs less than a barrier of the grid.
+// __syncthreads. Every group computes the context that it multiplies, in place of one more barrier of the grid.
 // store: this group's blocks store the probabilities of their heads.
 template <class E, int D>
 __device__ void attend_all(Block& b, int layer, Slice part, bool store) {

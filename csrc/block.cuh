@@ -52,7 +52,7 @@ struct Block {
     }
   }
 
-  // The barrier of the grid; what lies between its halves costs nothing, as long as the slowest block is awaited.
+  // The barrier of the grid. Between its halves lies what would otherwise come before or after it.
   __device__ void arrive() {
     arrivals += gridDim.x;
     arrive_at(p.counters);

@@ -109,20 +109,21 @@ Device device_of(Kernel kernel, int index) {
 
 // Why a shape cannot be run on any device; empty: it can.
 std::string shape_reason(const Shape& s) {
-  std::ostringstream why;
-  const auto wrong = [&](const char* name, int value, const char* expected) {
-    if (why.str().empty()) why << name << " is " << value << ", expected " << expected;
-  };
+  constexpr int MAX_INTERMEDIATE = 4 * MAX_HIDDEN;
   const int rows = s.batch * s.length;
-  if (s.layers < 1 || s.layers > MAX_LAYERS) wrong("number of layers", s.layers, "1 to 24");
+  const auto wrong = [](const char* name, int value, const std::string& expected) {
+    return name + (" is " + std::to_string(value)) + ", expected " + expected;
+  };
+  const auto up_to = [](int most) { return " to " + std::to_string(most); };
+  if (s.layers < 1 || s.layers > MAX_LAYERS) return wrong("number of layers", s.layers, "1" + up_to(MAX_LAYERS));
   if (s.hidden < TILE || s.hidden > MAX_HIDDEN || s.hidden % TILE)
-    wrong("hidden", s.hidden, "a multiple of 16 to 1024");
-  if (s.intermediate < TILE || s.intermediate % TILE) wrong("intermediate", s.intermediate, "a multiple of 16");
-  if (s.intermediate > 4 * MAX_HIDDEN) wrong("intermediate", s.intermediate, "at most 4096");
-  if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128) wrong("head_dim", s.head_dim, "32, 64 or 128");
-  if (s.heads * s.head_dim != s.hidden) wrong("heads * head_dim", s.heads * s.head_dim, "hidden");
-  if (rows < 1 || rows > MAX_ROWS) wrong("batch * length", rows, "1 to 64");
-  return why.str();
+    return wrong("hidden", s.hidden, "a multiple of 16 up" + up_to(MAX_HIDDEN));
+  if (s.intermediate < TILE || s.intermediate > MAX_INTERMEDIATE || s.intermediate % TILE)
+    return wrong("intermediate", s.intermediate, "a multiple of 16 up" + up_to(MAX_INTERMEDIATE));
+  if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128) return wrong("head_dim", s.head_dim, "32, 64 or 128");
+  if (s.heads * s.head_dim != s.hidden) return wrong("heads * head_dim", s.heads * s.head_dim, "hidden");
+  if (rows < 1 || rows > MAX_ROWS) return wrong("batch * length", rows, "1" + up_to(MAX_ROWS));
+  return "";
 }
 
 int whole(int64_t n) { return int(std::clamp<int64_t>(n, -1, 1 << 15)); }  // past all limits, two of them in an int

@@ -11,7 +11,7 @@
 //
 //   Who. Tiles of 16 features are dealt to groups of four blocks. Block r of a group multiplies the r-th slice of the
 //   inner dimension, so it reads a quarter of the activations, and the group all of them. In OUT the slice is that of
-//   some heads, whose attention the block computes itself: every group does so again, which costs less than a barrier.
+//   some heads, whose attention the block computes itself: every group does so again, in place of one more barrier.
 //   A block's eight warps divide the rows, 16 each, and, where rows are few, the slice. Their fp32 sums meet in shared
 //   memory, those of the four blocks as well (a group is a cluster), in a fixed order; then bias, activation or
 //   residual, one rounding, one store. A LayerNorm is no pass of its own: whoever stores a tile stores mean and squared

@@ -4,22 +4,19 @@
 
 #include "encoder_small_op.h"
 
-#ifndef BERT_FAST_SOURCES
-#define BERT_FAST_SOURCES ""
+#ifdef BERT_FAST_SOURCES
+// What the library was made of (build_library.py), for whoever reads the file: kernels/extension.py does not open one
+// of other sources than those beside it.
+__attribute__((used)) static const char made_of[] = BERT_FAST_SOURCES;
 #endif
 
-// What the library was made of (build_library.py), so that an old one is not taken for that of newer Python files.
-static std::string library_sources() { return BERT_FAST_SOURCES; }
-
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast, m) {
-  m.def("library_sources() -> str");
   m.def(
       "encoder_small_reason(int device, int layers, int hidden, int intermediate, int heads, int batch, int length)"
       " -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast, CompositeExplicitAutograd, m) {
-  m.impl("library_sources", TORCH_BOX(&library_sources));
   m.impl("encoder_small_reason", TORCH_BOX(&bert_fast::encoder_small_reason));
 }
 

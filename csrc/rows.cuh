@@ -80,7 +80,7 @@ __device__ uint4 normalised8(uint4 x, float2 statistics, uint4 gamma, uint4 beta
 // statistics that normalising waits for come from L2 as the rows do.
 template <class E, int PARTS, class Meanwhile>
 __device__ void load_rows(Block& b, const Rows& x, int begin, int count, const Meanwhile& meanwhile) {
-  constexpr int BATCH = 10;  // loads in flight a thread, 16 bytes each; with more, registers spill
+  constexpr int BATCH = 10;  // loads in flight a thread, 16 bytes each: query, key and value of 32 rows of BERT-base
   // A thread keeps its 8 columns and goes through the rows; a few threads have none where a row is no divisor of all.
   const int pieces = count / 8, together = THREADS / pieces, rows = b.rows * PARTS;
   const int first = threadIdx.x / pieces, piece = threadIdx.x - first * pieces;

@@ -17,14 +17,12 @@
 #include <map>
 #include <random>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
@@ -62,11 +60,3 @@ inline unsigned __float_as_uint(float x) {
   return y;
 }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-template <class A, class B>
-constexpr std::common_type_t<A, B> min(A a, B b) {
-  return b < a ? b : a;
-}
-template <class A, class B>
-constexpr std::common_type_t<A, B> max(A a, B b) {
-  return a < b ? b : a;
-}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bert_fast", "kernels", "tests", "bench", "docs", "examples", "csrc")
@@ -44,3 +46,11 @@ def build(what: str, source: Path, target: Path, **env: str) -> Path:
     assert done.returncode == 0, done.stdout[-3000:]
     (built,) = target.iterdir()
     return built
+
+
+def build_module() -> ModuleType:
+    """csrc/build_library.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("build_library", ROOT / "csrc/build_library.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

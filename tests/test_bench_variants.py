@@ -100,6 +100,13 @@ def test_the_default_is_not_timed_twice(
 
 
 @pytest.mark.usefixtures("works")
+def test_calls_without_a_graph_are_no_default_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(one_launch.MEASURED_ROWS, (0, 0), 32)
+    (row,) = bench(tmp_path, "--one-launch", "--only", "1x16").values()
+    assert ONE_LAUNCH in row["ms"] and not row["notes"]
+
+
+@pytest.mark.usefixtures("works")
 def test_nothing_wrong_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,18 +143,38 @@ def test_doctor_on_the_extension(monkeypatch, tmp_path):
     assert extension.load() == extension.NOT_BUILT
     line = doctor.extension_line()
     assert line.startswith("csrc extension: absent, and optional") and "BERT_FAST_CUDA=1 pip install" in line
-    library.write_bytes(b"no library\n")
+    library.write_bytes(b"of other sources")
+    assert doctor.extension_line() == f"csrc extension: present but does not load: {extension.OUTDATED}"
+    library.write_bytes(b"no library, " + extension._sources().encode())
     line = doctor.extension_line()
     assert line.startswith("csrc extension: present but does not load: ") and extension.NAME in line
     assert "\n" not in line
     opened = []
     monkeypatch.setattr(torch.ops, "load_library", opened.append)
-    monkeypatch.setattr(torch.ops.bert_fast, "library_sources", lambda: extension._sources(), raising=False)
     assert doctor.extension_line() == "csrc extension: present, loaded" and opened == [str(library)]
-    monkeypatch.setattr(torch.ops.bert_fast, "library_sources", lambda: "older")
-    assert doctor.extension_line() == f"csrc extension: present but does not load: {extension.OUTDATED}"
-    monkeypatch.setattr(extension, "_sources", lambda: None)  # installed: there are no sources to compare with
+    library.write_bytes(b"of other sources")
+    monkeypatch.setattr(extension, "_sources", lambda: None)  # installed: there are none to compare with
     assert doctor.extension_line() == "csrc extension: present, loaded"
+
+
+def test_doctor_on_one_launch(monkeypatch):
+    """Of a GPU: whether it is taken, and, where it was measured, whether it can be."""
+    chip = SimpleNamespace(name="a chip", multi_processor_count=132, total_memory=2**36)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(doctor.runtime, "unsupported_reason", lambda device: None)
+
+    def told():
+        (line,) = (line for line in doctor.describe(torch.device("cuda", 0)) if "one launch" in line)
+        return line.split("one launch: ")[1]
+
+    monkeypatch.setattr(doctor, "MEASURED_ROWS", {})
+    assert told() == "not taken: it has not been measured on such a GPU"
+    monkeypatch.setattr(doctor, "MEASURED_ROWS", {(9, 0): 32})
+    monkeypatch.setattr(extension, "load", lambda: extension.NOT_BUILT)
+    assert told() == extension.NOT_BUILT
+    monkeypatch.setattr(extension, "load", lambda: None)
+    assert told() == "up to 32 rows"
 
 
 def test_doctor_tile_lines_are_the_table():

@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import COMPILER, Shape
+from emulated import COMPILER, NO_COMPILER, Shape
+from packaging_helpers import ROOT, build_module
 from test_encoder_small import arguments, mask_of
 
 from bert_fast.kernels import extension
-from bert_fast.kernels.encoder_small import encoder_small, encoder_small_reason
+from bert_fast.kernels.encoder_small import MAX_ROWS, encoder_small, encoder_small_reason
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "csrc"))
-import build_library  # noqa: E402
-
+build_library = build_module()
 needs_nvcc = pytest.mark.skipif(build_library.find_nvcc() is None, reason="no nvcc")
 needs_library = pytest.mark.skipif(extension.path() is None, reason=extension.NOT_BUILT)
 KERNELS = {"encoder_small.cu": 6}  # two dtypes, three head_dims
@@ -110,14 +108,16 @@ def test_arguments_are_checked_on_the_host(case: str) -> None:
 
 @needs_library
 @pytest.mark.usefixtures("library")
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="what a CPU build of torch is told, and this one has CUDA")
 def test_reasons_without_a_gpu() -> None:
     reason = torch.ops.bert_fast.encoder_small_reason
     assert reason(0, 12, 768, 3072, 12, 1, 32) == "this torch has no CUDA"
     assert reason(0, 25, 768, 3072, 12, 1, 32) == "number of layers is 25, expected 1 to 24"
-    assert reason(0, 12, 1040, 3072, 12, 1, 32) == "hidden is 1040, expected a multiple of 16 to 1024"
-    assert reason(0, 12, 1024, 4112, 16, 1, 32) == "intermediate is 4112, expected at most 4096"
+    assert reason(0, 12, 1040, 3072, 12, 1, 32) == "hidden is 1040, expected a multiple of 16 up to 1024"
+    assert reason(0, 12, 1024, 4112, 16, 1, 32) == "intermediate is 4112, expected a multiple of 16 up to 4096"
     assert reason(0, 12, 768, 3072, 12, 2**40, 2**40).startswith("batch * length is ")
+    assert reason(0, 12, 768, 3072, 12, MAX_ROWS, 1) == "this torch has no CUDA"  # the same limit on both sides
+    assert reason(0, 12, 768, 3072, 12, MAX_ROWS + 1, 1).endswith(f"expected 1 to {MAX_ROWS}")
     assert reason(0, 12, 768, 3072, -(2**40), 1, 1).startswith("head_dim is 0")
 
 
@@ -130,7 +130,8 @@ print(torch.ops.bert_fast.encoder_small_reason(0, 12, 768, 3072, 12, 1, 32))
 
 
 @needs_library
-@pytest.mark.skipif(torch.cuda.is_available() or COMPILER is None, reason="a GPU is here, or no C++ compiler")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what CUDA says without a GPU, and one is here")
+@pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
 def test_torch_with_cuda_but_without_a_gpu(tmp_path: Path) -> None:
     """The current stream's function is found in torch's CUDA library; what CUDA then says is a reason, no error."""
     fake = tmp_path / "libtorch_cuda.so"

@@ -6,7 +6,6 @@ With a .cu of three lines in a copy of the checkout. What needs no compiler that
 from __future__ import annotations
 
 import email
-import importlib.util
 import os
 import shutil
 import site
@@ -15,21 +14,18 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from packaging_helpers import ROOT, build, copy_checkout, run, try_build
+from packaging_helpers import build, build_module, copy_checkout, run, try_build
 
 import bert_fast
 
 OP = """
 #include <torch/csrc/stable/library.h>
 int64_t next(int64_t x) { return x + 1; }
-std::string sources() { return BERT_FAST_SOURCES; }
+__attribute__((used)) static const char made_of[] = BERT_FAST_SOURCES;
 STABLE_TORCH_LIBRARY(bert_fast_probe, m) { m.def("next(int x) -> int"); }
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_probe, CompositeExplicitAutograd, m) { m.impl("next", TORCH_BOX(&next)); }
-STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast, m) { m.def("library_sources() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(bert_fast, CompositeExplicitAutograd, m) { m.impl("library_sources", TORCH_BOX(&sources)); }
 """
 BROKEN = "#error broken on purpose\n"
 STAND_IN = """#!/bin/sh
@@ -55,13 +51,6 @@ if extension.load() is None:
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA library is built on Linux only")
-
-
-def build_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_library", ROOT / "csrc/build_library.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 NVCC = build_module().find_nvcc()

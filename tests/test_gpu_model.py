@@ -211,7 +211,7 @@ def test_ids_outside_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         ours(**inputs)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device() -> None:
     """The model on cuda:1 while cuda:0 is current."""
     eager, ours = pair()

@@ -244,7 +244,7 @@ def test_skip_never_synchronises(dtype: torch.dtype) -> None:
         assert_error_rule(ours[what], low[what], truth[what], what)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", NAMES)
 def test_second_device(name: str) -> None:
     """Kernels run where their tensors are, not on the current device."""

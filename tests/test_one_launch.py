@@ -147,6 +147,16 @@ def test_trained_weights(dtype: torch.dtype, launches: list) -> None:
 
 
 @emulates
+def test_every_layer_norm_has_its_own_eps(launches: list) -> None:
+    upstream, ours = small()
+    for model in (upstream, ours):
+        for i, layer in enumerate(model.encoder.layer):
+            layer.attention.output.LayerNorm.eps, layer.output.LayerNorm.eps = 0.5 + i, 0.1 + 4 * i
+    assert_model(upstream, ours, {"input_ids": random_ids(B, S)})
+    assert len(launches) == 1
+
+
+@emulates
 def test_one_layer(launches: list) -> None:
     upstream, ours = small(num_hidden_layers=1)
     assert_model(upstream, ours, {"input_ids": random_ids(B, S)})
