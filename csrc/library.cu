@@ -10,13 +10,14 @@
 __attribute__((used)) static const char made_of[] = BERT_FAST_SOURCES;
 #endif
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast, m) {
+// What Python asks the library; bert_fast:: has ops alone.
+STABLE_TORCH_LIBRARY(bert_fast_csrc, m) {
   m.def(
       "encoder_small_reason(int device, int layers, int hidden, int intermediate, int heads, int batch, int length)"
       " -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bert_fast, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(bert_fast_csrc, CompositeExplicitAutograd, m) {
   m.impl("encoder_small_reason", TORCH_BOX(&bert_fast::encoder_small_reason));
 }
 

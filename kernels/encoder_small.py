@@ -101,4 +101,4 @@ def encoder_small_reason(
     if missing:
         return missing
     index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.ops.bert_fast.encoder_small_reason(index, layers, hidden, intermediate, heads, B, S) or None
+    return torch.ops.bert_fast_csrc.encoder_small_reason(index, layers, hidden, intermediate, heads, B, S) or None

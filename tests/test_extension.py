@@ -110,7 +110,7 @@ def test_arguments_are_checked_on_the_host(case: str) -> None:
 @pytest.mark.usefixtures("library")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="what a CPU build of torch is told, and this one has CUDA")
 def test_reasons_without_a_gpu() -> None:
-    reason = torch.ops.bert_fast.encoder_small_reason
+    reason = torch.ops.bert_fast_csrc.encoder_small_reason
     assert reason(0, 12, 768, 3072, 12, 1, 32) == "this torch has no CUDA"
     assert reason(0, 25, 768, 3072, 12, 1, 32) == "number of layers is 25, expected 1 to 24"
     assert reason(0, 12, 1040, 3072, 12, 1, 32) == "hidden is 1040, expected a multiple of 16 up to 1024"
@@ -125,7 +125,7 @@ NO_GPU = """
 import ctypes, torch
 ctypes.CDLL({fake!r}, mode=ctypes.RTLD_LOCAL)  # as torch loads its own
 torch.ops.load_library({library!r})
-print(torch.ops.bert_fast.encoder_small_reason(0, 12, 768, 3072, 12, 1, 32))
+print(torch.ops.bert_fast_csrc.encoder_small_reason(0, 12, 768, 3072, 12, 1, 32))
 """
 
 
