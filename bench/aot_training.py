@@ -132,9 +132,9 @@ def embeddings(dtype: str, N: int, ids: bool = True, padded: bool = False, typed
         tail = (empty(B * S), empty(1))
         tables, drop = (words, types if typed else None, positions), (seed(), 0, 0.1)
         given += (arange if typed else None, arange)
-        embed_layer_norm_triton(*given, *tables, weight, weight, 1e-12, 0, *tail, not padded, padded, *drop)
-        dy = words.new_empty(B * S, N)
-        embed_layer_norm_backward_triton(dy, padded, *given, *tables, weight, 1e-12, *tail, *drop)
+        embed_layer_norm_triton(*given, *tables, weight, weight, 1e-12, 0, *tail, not padded, padded, *drop, -1, True)
+        h = words.new_empty(B * S, N)
+        embed_layer_norm_backward_triton(h, padded, h, weight, 1e-12, *tail, *drop)
 
     shape = f"{N}{' ids' * ids}{' padded' * padded}{'' if typed else ' no types'}"
     return Call("embed_layer_norm_backward", dtype, shape, run)

@@ -66,14 +66,13 @@ def cases(
         work = (GELU_FLOPS + 2 * NORM_FLOPS) * T * H
         peers = {"torch": _autograd(out, leaves, dy)}
         yield Case(op, f"{name} {H}", (dy, x, w, NORM_EPS, "gelu"), 3 * T * H * e, work, peers)
-    elif op == "embed_layer_norm_backward":  # a gradient and a word row read a token, one written
-        ids = torch.randint(0, s.words, (s.batch, s.seq), generator=torch.Generator().manual_seed(0)).to(device)
-        at = torch.arange(s.seq, device=device).expand(s.batch, -1)
-        token = torch.arange(T, device=device, dtype=torch.int32)
-        dy, tables = rand(T, H), (rand(s.words, H), rand(2, H), rand(s.seq, H))
-        args = (dy, False, ids, None, torch.zeros_like(ids), at, *tables, rand(H), NORM_EPS, token, None)
-        args += NO_DROPOUT
-        yield Case(op, name, args, T * (3 * 8 + 3 * H * e), 2 * NORM_FLOPS * T * H)
+    elif op == "embed_layer_norm_backward":  # two rows read, one written where the map says
+        dy, h, w = rand(T, H), rand(T, H), rand(H)
+        leaves = [t.clone().requires_grad_() for t in (h, w, rand(H))]
+        out = F.layer_norm(leaves[0], (H,), *leaves[1:], NORM_EPS)
+        args = (dy, False, h, w, NORM_EPS, torch.arange(T, device=device, dtype=torch.int32), None, *NO_DROPOUT)
+        peers = {"torch": _autograd(out, leaves, dy)}
+        yield Case(op, f"{name} {H}", args, T * (4 + 3 * H * e), 2 * NORM_FLOPS * T * H, peers)
     elif op == "attention_backward":
         yield _attention_case(s, device, dtype, rand)
 

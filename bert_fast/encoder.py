@@ -53,6 +53,7 @@ def _embed(
     want_rows: bool,
     want_padded: bool,
     dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 0.0),
+    has_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, padded), before `project`. dropout: seed, site and probability."""
     B, S = packing.B, packing.S
@@ -63,18 +64,23 @@ def _embed(
         token_type_ids = None
     elif token_type_ids is None and position_ids is None:
         token_type_ids = module.token_type_ids[:, :S]
+        # backward reads them, and DDP writes into buffers before every forward: upstream gathers them into a tensor
+        token_type_ids = token_type_ids.clone() if has_backward else token_type_ids
     elif token_type_ids is None:  # as upstream: a gather by position from a buffer of zeros
         buffer = module.token_type_ids.expand(position_ids.shape[0], -1)
-        token_type_ids = buffer.gather(1, position_ids.long().clamp(0, buffer.shape[1] - 1))
+        at = position_ids.long()
+        outside = (at < 0) | (at >= buffer.shape[1])  # on a GPU, where nobody has looked: no type, a row of NaN
+        token_type_ids = buffer.gather(1, at.masked_fill(outside, 0)).masked_fill(outside, -1)
     if position_ids is None:
         position_ids = module.position_ids[:, :S]
+    words = word.weight if inputs_embeds is None else word.weight.detach()  # which is not read then: no part of a graph
     return embed_layer_norm(
         input_ids, inputs_embeds, None if token_type_ids is None else token_type_ids.expand(B, S),
-        position_ids.expand(B, S), word.weight, None if types is None else types.weight, position.weight,
+        position_ids.expand(B, S), words, None if types is None else types.weight, position.weight,
         norm.weight, norm.bias, norm.eps, -1 if word.padding_idx is None else word.padding_idx,
         packing.token, packing.n_rows, want_rows, want_padded, *dropout,
-        -1 if position.padding_idx is None else position.padding_idx,
-    )  # fmt: skip
+        -1 if position.padding_idx is None else position.padding_idx, has_backward,
+    )[:2]  # fmt: skip
 
 
 def _first_rows(

@@ -54,6 +54,17 @@ def relative_mask(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return bias + additive(keep.to(bias.device), bias.dtype)
 
 
+def own_mask(mask: torch.Tensor | None, eager: bool, dropout: float) -> torch.Tensor | None:
+    """An additive 4-D mask for a forward that has a backward: a copy, since the caller may write into his before that.
+
+    transformers lets him but in one case, where its backward reads the mask: sdpa's fused attention, which torch takes
+    without dropout and where no gradient of the mask is wanted. There it is the caller's own, and torch refuses.
+    """
+    if mask is None or not torch.is_grad_enabled() or not (eager or dropout or mask.requires_grad):
+        return mask
+    return mask[tuple(slice(None if stride else 1) for stride in mask.stride())].clone()
+
+
 @dataclass(frozen=True)
 class Packing:
     """Row <-> token map and lengths of one call, from kernels/pack.py."""

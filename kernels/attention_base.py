@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -31,17 +33,20 @@ def attention_ref(
     B, T = kv_len.shape[0], qkv.shape[0]
     S, D = T // B, qkv.shape[1] // (3 * heads)
     rows, is_row = padded_rows(cu_seqlens, S, T)
+    is_key = torch.arange(S, device=qkv.device) < kv_len[:, None]
+    empty = (kv_len == 0)[:, None]
+    if uniform_empty:
+        is_key = is_key | (empty & is_row)
+    # what is no key is not read: 0 * NaN would be NaN
     q, k, v = (
-        torch.where(is_row[:, :, None, None], x[rows], 0.0).transpose(1, 2) for x in qkv.view(T, 3, heads, D).unbind(1)
+        torch.where(read[:, :, None, None], x[rows], 0.0).transpose(1, 2)
+        for read, x in zip((is_row, is_key, is_key), qkv.view(T, 3, heads, D).unbind(1), strict=True)
     )
     scores = q @ k.transpose(2, 3) * scale
     if bias is not None:
         scores = scores + bias
-    is_key = torch.arange(S, device=qkv.device) < kv_len[:, None]
     if uniform_empty:
-        empty = (kv_len == 0)[:, None]
         scores = torch.where(empty[:, None, None], scores - scores.detach(), scores)  # 0 that keeps the gradient
-        is_key = is_key | (empty & is_row)
     scores = scores.masked_fill(~is_key[:, None, None], float("-inf"))
     lse = torch.logsumexp(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
     dead = torch.isneginf(lse)[..., None]
@@ -135,7 +140,8 @@ def attention_cpu(
             q, k, v = qkv[rows].view(1, -1, 3, heads, D).permute(2, 0, 3, 1, 4)
             context, sums = _flash(q, k[:, :, : n or S], v[:, :, : n or S], scale=scale if n else 0.0)
             out[rows].view(1, -1, heads, D).copy_(context.transpose(1, 2))
-            lse[:, rows] = sums[0]
+            # of equal weights it is known; torch's own, in half precision, is of an approximate exponential on some CPUs
+            lse[:, rows] = sums[0] if n else math.log(rows.stop - rows.start)
         return out, probs, lse
     lse.view(heads, B, S).copy_(sums.transpose(0, 1))
     return context.transpose(1, 2).reshape(T, heads * D).contiguous(), probs, lse
@@ -150,6 +156,9 @@ def _with_probs(
         scores = scores + bias
     for b, n in enumerate(keys):
         scores[b, :, :, n:] = float("-inf")
+    if min(keys) < v.shape[2]:  # 0 * NaN of what is no key would be NaN
+        is_key = torch.arange(v.shape[2]) < torch.tensor(keys)[:, None]
+        v = torch.where(is_key[:, None, :, None], v, 0.0)
     highest = scores.amax(-1)
     probs = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
     # the largest probability is exp(highest - lse): no second pass of exponentials

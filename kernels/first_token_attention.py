@@ -30,16 +30,17 @@ def first_token_attention_ref(
     T = B * S. Returns the context (B, heads * D)."""
     B, T = kv_len.shape[0], kv.shape[0]
     rows, is_row = padded_rows(cu_seqlens, T // B, T)
-    k, v = (
-        torch.where(is_row[:, :, None, None], x[rows], 0.0).transpose(1, 2)
+    is_key = torch.arange(T // B, device=kv.device) < kv_len[:, None]
+    empty = (kv_len == 0)[:, None]
+    if uniform_empty:
+        is_key = is_key | (empty & is_row)
+    k, v = (  # what is no key is not read: 0 * NaN would be NaN
+        torch.where(is_key[:, :, None, None], x[rows], 0.0).transpose(1, 2)
         for x in kv.unflatten(1, (2, heads, -1)).unbind(1)
     )
     scores = (q.unflatten(1, (heads, 1, -1)) @ k.transpose(2, 3) * scale).squeeze(2)
-    is_key = torch.arange(T // B, device=kv.device) < kv_len[:, None]
     if uniform_empty:
-        empty = (kv_len == 0)[:, None]
         scores = torch.where(empty[:, None], scores - scores.detach(), scores)  # 0 that keeps the gradient
-        is_key = is_key | (empty & is_row)
     has_key = is_key.any(1)[:, None, None]
     probs = torch.softmax(scores.masked_fill(~is_key[:, None] & has_key, float("-inf")), -1)
     probs = probs.masked_fill(~has_key, 0.0)

@@ -5,7 +5,8 @@ The product runs in kernels/gemm.py. fp32 on a GPU goes to torch's own GEMM, whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from bert_fast.kernels.gemm import check_linear, gemm_triton, used_rows
 from bert_fast.kernels.grad_input import grad_input
 from bert_fast.kernels.grad_weight import grad_weight
 from bert_fast.kernels.registry import Grads, register
+
+Products = Callable[..., list[torch.Tensor | None]]  # product_gradients, or the same of plain operators
 
 
 def linear_ref(
@@ -81,9 +84,11 @@ def product_gradients(
 ) -> list[torch.Tensor | None]:  # fmt: skip
     """Gradients of x, the weights and the biases of products side by side; needs: of these, in this order.
 
-    add: another gradient of x, summed in the same launch.
+    x is read where a weight's gradient is needed, the weights where that of x is. add: another gradient of x, summed in
+    the same launch.
     """
-    N, parts = weights[0].shape[0], len(weights)
+    parts = len(weights)
+    N = dy.shape[1] // parts
     want = needs[1 : 1 + parts], needs[1 + parts :]
     wanted = [i for i in range(parts) if want[0][i] or want[1][i]]
     d_weights: list[torch.Tensor | None] = [None] * parts
@@ -102,12 +107,29 @@ def product_gradients(
     return [g if need else None for g, need in zip((dx, *d_weights, *d_biases), needs, strict=True)]
 
 
+def product_gradients_ref(
+    needs: Sequence[bool], dy: torch.Tensor, x: torch.Tensor, weights: Sequence[torch.Tensor],
+    n_rows: torch.Tensor | None,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """The same of plain operators; of rows past n_rows x gets zeros."""
+    T, parts, n = dy.shape[0], len(weights), used_rows(dy, n_rows)
+    d_parts = dy[:n].split(dy.shape[1] // parts, 1)
+    dx = None
+    if needs[0]:
+        dx = sum(d @ w for d, w in zip(d_parts, weights, strict=True))
+        dx = F.pad(dx, (0, 0, 0, T - n)) if n < T else dx
+    d_weights = [d.t() @ x[:n] if need else None for d, need in zip(d_parts, needs[1 : 1 + parts], strict=True)]
+    d_biases = [d.sum(0) if need else None for d, need in zip(d_parts, needs[1 + parts :], strict=True)]
+    return [dx, *d_weights, *d_biases]
+
+
 def _gradient(
-    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
-) -> Grads:
+    products: Products, needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any],
+    grads: Sequence[torch.Tensor | None],
+) -> Grads:  # fmt: skip
     (x, weight, _, n_rows), (dy,) = inputs, grads
     assert dy is not None
-    return (*product_gradients(needs[:3], dy, x, [weight], n_rows), None)
+    return (*products(needs[:3], dy, x, [weight], n_rows), None)
 
 
 linear = register(
@@ -116,5 +138,7 @@ linear = register(
     cpu=linear_cpu,
     cuda=_linear_cuda,
     fake=_linear_fake,
-    gradient=_gradient,
+    gradient=partial(_gradient, product_gradients),
+    gradient_ref=partial(_gradient, product_gradients_ref),
+    reads={"x": "weight", "weight": "x", "bias": ""},
 )

@@ -6,7 +6,8 @@ act is one of activation.TORCH: "gelu" (erf), "gelu_tanh", "relu", "silu". The p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 
 from bert_fast.kernels.activation import TORCH, check_activation
 from bert_fast.kernels.gemm import check_linear, gemm_triton
-from bert_fast.kernels.grad_activation import grad_activation
-from bert_fast.kernels.linear import linear_ref, product, product_gradients
+from bert_fast.kernels.grad_activation import grad_activation, grad_activation_ref
+from bert_fast.kernels.linear import Products, linear_ref, product, product_gradients, product_gradients_ref
 from bert_fast.kernels.registry import Grads, register
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -115,14 +116,15 @@ def _linear_gelu_pre_fake(
 
 
 def _gradient(
-    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
-) -> Grads:
+    activation: Callable[..., torch.Tensor], products: Products, needs: Sequence[bool],
+    inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None],
+) -> Grads:  # fmt: skip
     (x, weight, _, n_rows, act), (_, pre), (dy, d_pre) = inputs, outputs, grads
     if dy is not None:
-        through = grad_activation(dy, pre, act, n_rows)
+        through = activation(dy, pre, act, n_rows)
         d_pre = through if d_pre is None else through + d_pre
     assert d_pre is not None
-    return (*product_gradients(needs[:3], d_pre, x, [weight], n_rows), None, None)
+    return (*products(needs[:3], d_pre, x, [weight], n_rows), None, None)
 
 
 linear_gelu_pre = register(
@@ -131,6 +133,8 @@ linear_gelu_pre = register(
     cpu=linear_gelu_pre_cpu,
     cuda=_linear_gelu_pre_cuda,
     fake=_linear_gelu_pre_fake,
-    gradient=_gradient,
+    gradient=partial(_gradient, grad_activation, product_gradients),
+    gradient_ref=partial(_gradient, grad_activation_ref, product_gradients_ref),
+    reads={"x": "weight", "weight": "x", "bias": ""},
     saved_outputs=(1,),
 )

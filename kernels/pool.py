@@ -23,7 +23,6 @@ from bert_fast.kernels.runtime import (
     launch_options,
     tl,
     triton,
-    without_autocast,
 )
 
 
@@ -96,19 +95,14 @@ def _pool_fake(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
 def _gradient(
     needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
 ) -> Grads:
-    """Products of B rows: torch's own. y is saved: tanh'(x) = 1 - y^2."""
+    """Products of B rows: torch's own, and right under vmap. y is saved: tanh'(x) = 1 - y^2."""
     (hidden, weight, bias), (y,), (dy,) = inputs, outputs, grads
     assert dy is not None
     wide = torch.promote_types(y.dtype, torch.float32)
     d_pre = dy.to(wide) * (1 - y.to(wide) ** 2)
-    d_hidden = d_weight = None
-    with without_autocast(hidden.device.type):
-        low = d_pre.to(y.dtype)
-        if needs[0]:
-            d_hidden = hidden.new_zeros(hidden.shape)
-            d_hidden[:, 0] = low @ weight
-        if needs[1]:
-            d_weight = low.t() @ hidden[:, 0]
+    low = d_pre.to(y.dtype)
+    d_hidden = F.pad((low @ weight)[:, None], (0, 0, 0, hidden.shape[1] - 1)) if needs[0] else None
+    d_weight = low.t() @ hidden[:, 0] if needs[1] else None
     return d_hidden, d_weight, d_pre.sum(0).to(bias.dtype) if needs[2] else None
 
 
@@ -119,5 +113,7 @@ pool = register(
     cuda=pool_triton,
     fake=_pool_fake,
     gradient=_gradient,
+    gradient_ref=_gradient,
+    reads={"hidden": "weight", "weight": "hidden", "bias": ""},
     saved_outputs=(0,),
 )

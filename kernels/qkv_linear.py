@@ -8,12 +8,13 @@ Source of the operation: transformers BertSelfAttention.forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from bert_fast.kernels.gemm import check_linear, gemm_triton, used_rows
-from bert_fast.kernels.linear import linear_into, linear_ref, product_gradients
+from bert_fast.kernels.linear import Products, linear_into, linear_ref, product_gradients, product_gradients_ref
 from bert_fast.kernels.registry import Grads, register
 
 Bias = torch.Tensor | None
@@ -73,14 +74,15 @@ def _qkv_linear_fake(
 
 
 def _gradient(
-    needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any], grads: Sequence[torch.Tensor | None]
-) -> Grads:
+    products: Products, needs: Sequence[bool], inputs: Sequence[Any], outputs: Sequence[Any],
+    grads: Sequence[torch.Tensor | None],
+) -> Grads:  # fmt: skip
     (x, wq, wk, wv, *_, n_rows), (dy,) = inputs, grads
     assert dy is not None
     if wq is None:
-        dx, dk, dv, dbk, dbv = product_gradients([needs[i] for i in (0, 2, 3, 5, 6)], dy, x, [wk, wv], n_rows)
+        dx, dk, dv, dbk, dbv = products([needs[i] for i in (0, 2, 3, 5, 6)], dy, x, [wk, wv], n_rows)
         return dx, None, dk, dv, None, dbk, dbv, None
-    return (*product_gradients(needs[:7], dy, x, [wq, wk, wv], n_rows), None)
+    return (*products(needs[:7], dy, x, [wq, wk, wv], n_rows), None)
 
 
 qkv_linear = register(
@@ -90,5 +92,7 @@ qkv_linear = register(
     cpu=qkv_linear_cpu,
     cuda=_qkv_linear_cuda,
     fake=_qkv_linear_fake,
-    gradient=_gradient,
+    gradient=partial(_gradient, product_gradients),
+    gradient_ref=partial(_gradient, product_gradients_ref),
+    reads={"x": "wq wk wv", "wq": "x", "wk": "x", "wv": "x", "bq": "", "bk": "", "bv": ""},
 )

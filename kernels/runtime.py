@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ except ImportError:  # macOS, Windows, or a torch without its Triton
 
 __all__ = ["HAS_TRITON", "TensorDescriptor", "ceil_div", "dependent_launches", "device_guard", "dot_precision"]
 __all__ += ["follow_previous", "launch_options", "next_power_of_2", "num_sms", "supports_tma", "tl", "triton"]
-__all__ += ["unsupported_reason", "without_autocast"]
+__all__ += ["is_batched", "unsupported_reason", "without_autocast"]
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 INTERPRETER_SMS = 3  # programs of a persistent grid on CPU tensors: few, and no divisor of typical tile counts
@@ -102,6 +102,14 @@ def without_autocast(device_type: str) -> Any:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def is_batched(grads: Iterable[torch.Tensor | None]) -> bool:
+    """Whether these are, under one of torch's two vmaps, batches of what our kernels take."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(g is not None and functorch.is_legacy_batchedtensor(g) for g in grads)  # of is_grads_batched=True
 
 
 # The two instructions of programmatic dependent launch; Triton's interpreter and AMD's backend have none.

@@ -142,18 +142,24 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
         },
         "gelu_layer_norm": {"erf": (x, gamma, beta, 1e-5, "gelu"), "relu": (x, gamma, beta, 1e-5, "relu")},
         "embed_layer_norm": {
-            "ids": (ids, None, *index, *tables, gamma, beta, 1e-5, 0, full[0], None, True, False),
+            "ids": (
+                *(ids, None, *index, *tables, gamma, beta, 1e-5, 0, full[0], None, True, False),
+                *(None, 0, 0.0, -1, True),
+            ),
             "embeds": (
                 *(None, leaf(B, S, K), *index, tables[0].detach(), *tables[1:], gamma, beta, 1e-5, -1),
-                *(skip[0], skip[1][-1:], True, True),
+                *(skip[0], skip[1][-1:], True, True, None, 0, 0.0, -1, True),
             ),
             "no types": (
                 *(ids, None, None, index[1], tables[0], None, tables[2], gamma, beta, 1e-5, 0, full[0], None),
-                *(True, False, None, 0, 0.0, 1),
+                *(True, False, None, 0, 0.0, 1, True),
             ),
             "dropout": (
-                *(ids, None, *index, *tables, gamma, beta, 1e-5, 0, skip[0], skip[1][-1:], True, True, seed, 3, 0.4),
+                *(ids, None, *index, *tables, gamma, beta, 1e-5, 0, skip[0], skip[1][-1:], True, True),
+                *(seed, 3, 0.4, -1, True),
             ),
+            "no gradient": (ids, None, *index, *map(torch.Tensor.detach, (*tables, gamma, beta)), 1e-5, 0, full[0], n)
+            + (True, False),
         },
         "pool": {"plain": (leaf(B, S, K), weight, bias)},
         "linear_layer_norm": {
@@ -175,13 +181,16 @@ def cases(op: str, rows: int = ROWS) -> dict[str, tuple[Any, ...]]:
 
 
 CASES = [(op, case) for op in OPS for case in cases(op)]
-DIFFERENTIABLE = [pair for pair in CASES if pair[0] != "pack"]
+DIFFERENTIABLE = [pair for pair in CASES if pair[0] != "pack" and pair[1] != "no gradient"]
+READ = {"embed_layer_norm": 2}  # outputs that a loss reads; the sum is for the backward
 
 
-def gradients(function: Any, args: tuple[Any, ...], create_graph: bool) -> list[torch.Tensor]:
-    """Gradients of all inputs under fixed random gradients of all outputs, those of undefined rows included."""
+def gradients(
+    function: Any, args: tuple[Any, ...], create_graph: bool, outputs: int | None = None
+) -> list[torch.Tensor]:
+    """Gradients of all inputs under fixed random gradients of all outputs, or the first, undefined rows included."""
     out = function(*args)
-    out = out if isinstance(out, tuple) else (out,)
+    out = out[:outputs] if isinstance(out, tuple) else (out,)
     pairs = [(o, randn(*o.shape, seed=i).to(o)) for i, o in enumerate(out) if o.requires_grad and o.numel()]
     leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     results, weights = zip(*pairs, strict=True)
@@ -214,7 +223,7 @@ def layer_chain(
     n, norm = cu_seqlens[B:], (gamma, beta, 1e-12)
     at, zeros = torch.arange(S, device=mask.device).expand(B, S), torch.zeros_like(ids)
     tables = word, types, positions
-    x, _ = body("embed_layer_norm", name)(ids, None, zeros, at, *tables, *norm, -1, token, n, True, False)
+    x, *_ = body("embed_layer_norm", name)(ids, None, zeros, at, *tables, *norm, -1, token, n, True, False)
     qkv = body("qkv_linear", name)(x, w, w, w, b, b, b, n)
     scale = (w.shape[0] // heads) ** -0.5
     context, probs, _ = body("attention", name)(qkv, None, token, cu_seqlens, kv_len, prefix, heads, scale, True, False)

@@ -16,6 +16,7 @@ from kernel_cases import (
     CASES,
     DIFFERENTIABLE,
     NAN,
+    READ,
     T,
     assert_attention,
     biases,
@@ -199,8 +200,9 @@ def test_embed_layer_norm(name: str, dtype: torch.dtype) -> None:
     index = (ids % 2).int(), torch.arange(S, device=DEVICE).expand(B, S)
     for first in ((ids, None), (None, normal(B, S, HIDDEN, dtype=dtype))):
         args = (*first, *index, *tables, *affine(HIDDEN, dtype), 1e-12, 0, token, cu_seqlens[-1:], True, True)
-        packed, padded = outputs("embed_layer_norm", name, *args)
+        packed, padded, summed = outputs("embed_layer_norm", name, *args, None, 0, 0.0, -1, True)
         assert_error_rule(*(t[:n] for t in packed), "rows")
+        assert_error_rule(*(t[:n] for t in summed), "sum")
         assert_error_rule(*padded, "padded")
 
 
@@ -211,7 +213,7 @@ def test_index_outside_its_table(name: str) -> None:
     for outside in (-1, 10, 2**40, -(2**40)):
         args[0] = args[0].clone()
         args[0][1, 0] = outside
-        rows, _ = body("embed_layer_norm", name)(*args)
+        rows, *_ = body("embed_layer_norm", name)(*args)
         torch.cuda.synchronize()
         assert rows.isnan().all(1).tolist() == [token == 3 for token in args[11].tolist()]
 
@@ -225,8 +227,8 @@ def test_fake_tensors_describe_the_outputs(op: str, case: str) -> None:
 @pytest.mark.parametrize("op,case", DIFFERENTIABLE)
 def test_gradients(op: str, case: str) -> None:
     args = move(cases(op)[case], DEVICE)
-    ours = gradients(body(op, ""), args, False)
-    torch.testing.assert_close(ours, gradients(body(op, "ref"), args, False))
+    ours = gradients(body(op, ""), args, False, READ.get(op))
+    torch.testing.assert_close(ours, gradients(body(op, "ref"), args, False, READ.get(op)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -111,9 +111,10 @@ def embedding_args(dtype: torch.dtype, skip: bool, embeds: bool = False, **chang
 def assert_embedding(name: str, args: list[Any]) -> None:
     """Against the float64 reference; sums in the op are fp32 where transformers' are in the model's dtype."""
     n = int(args[-1])
-    rows, padded = outputs("embed_layer_norm", name, *args, True, True)
+    rows, padded, summed = outputs("embed_layer_norm", name, *args, True, True, None, 0, 0.0, -1, True)
     assert_error_rule(*(t[:n] for t in rows), "rows")
     assert_error_rule(*padded, "padded")
+    assert_error_rule(*(t[:n] for t in summed), "sum")
     assert (padded[0][args[-2][n:].long()] == 0).all()
 
 
@@ -150,6 +151,7 @@ def test_embedding_of_all_rows(name: str, want_rows: bool, want_padded: bool) ->
     args = embedding_args(torch.float32, False)
     args[-1] = None
     assert_like_ref("embed_layer_norm", name, *args, want_rows, want_padded)
+    assert_like_ref("embed_layer_norm", name, *args, want_rows, want_padded, None, 0, 0.0, -1, True)
 
 
 @pytest.mark.interpreter
@@ -166,11 +168,11 @@ def test_index_outside_its_table_is_nan_and_is_not_read(which: str, size: int) -
         at = {"ids": 0, "types": 2, "positions": 3}[which]
         args[at] = args[at].clone().long()
         args[at][1, 4] = outside
-        rows, padded = body("embed_layer_norm", "triton")(*args, True, True)
+        rows, padded, summed = body("embed_layer_norm", "triton")(*args, True, True, None, 0, 0.0, -1, True)
         wrong = torch.zeros(28, dtype=torch.bool)
         wrong[7 + 4] = True
         assert torch.equal(padded.isnan().all(1), wrong) and torch.equal(padded.isnan().any(1), wrong)
-        assert torch.equal(padded[args[-2].long()].isnan(), rows.isnan())
+        assert torch.equal(padded[args[-2].long()].isnan(), rows.isnan()) and torch.equal(summed.isnan(), rows.isnan())
 
 
 @pytest.mark.parametrize("at", [0, 2, 3])

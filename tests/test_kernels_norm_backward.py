@@ -189,7 +189,14 @@ def embedding_args(dtype: torch.dtype, skip: bool, embeds: bool, p: float, N: in
     tables = [randn(rows, N, dtype=dtype, seed=rows) for rows in (9, 2, 6)]
     index = torch.arange(12).view(3, 4) % 2, torch.tensor([5, 0, 0, 3]).expand(3, 4)
     norm = (*affine(N, dtype), 1e-5, 0)
-    return [*first, *index, *tables, *norm, token, cu_seqlens[-1:], not skip, skip, SEED, 2, p]
+    return [*first, *index, *tables, *norm, token, cu_seqlens[-1:], not skip, skip, SEED, 2, p, -1, True]
+
+
+def summed(args: list[Any]) -> torch.Tensor:
+    """The sum as the forward leaves it, undefined where a row is none."""
+    h = body("embed_layer_norm", "ref")(*args)[2]
+    h[int(args[12]) :] = NAN
+    return h
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -202,32 +209,21 @@ def test_embeddings(name: str, dtype: torch.dtype, p: float, embeds: bool, skip:
     args = embedding_args(dtype, skip, embeds, p)
     dy, token, n = randn(12, 40, dtype=dtype, seed=7), args[11], args[12]
     dy[token[int(n) :].long()] = NAN  # skip: dy in padded order, and a token is no row
-    dh, *params = body("embed_layer_norm_backward", name)(dy, skip, *args[:8], args[9], token, n, *args[15:])
+    h = summed(args)
+    dh, *params = body("embed_layer_norm_backward", name)(dy, skip, h, args[7], args[9], token, n, *args[15:18])
     given = args if embeds else [None, args[4][args[0].long()], *args[2:]]
-    wanted = by_reference("embed_layer_norm", tuple(given), (1, 7, 8), *((None, dy) if skip else (dy, None)))
+    wanted = by_reference("embed_layer_norm", tuple(given), (1, 7, 8), *((None, dy) if skip else (dy, None)), None)
     ours = dh.view(3, 4, 40), *params
     for what, got, (low, truth) in zip(("dh", "d_weight", "d_bias"), ours, wanted, strict=True):
         assert_error_rule(got, low, truth, what)
     assert (dh[token[int(n) :].long()] == 0).all()
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_embeddings_without_token_types(name: str) -> None:
-    args = embedding_args(torch.float32, True, False, 0.3)
-    args[2] = args[5] = None
-    dy, token, n = randn(12, 40, seed=7), args[11], args[12]
-    dh, *params = body("embed_layer_norm_backward", name)(dy, True, *args[:8], args[9], token, n, *args[15:])
-    given = [None, args[4][args[0].long()], *args[2:]]
-    wanted = by_reference("embed_layer_norm", tuple(given), (1, 7, 8), None, dy)
-    for what, got, (low, truth) in zip(("dh", "d_weight", "d_bias"), (dh.view(3, 4, 40), *params), wanted, strict=True):
-        assert_error_rule(got, low, truth, what)
-
-
 def test_a_position_row_without_gradient() -> None:
     """RoBERTa's table of positions has a padding row too."""
     args = embedding_args(torch.float32, False, False, 0.0)
     position = args[6].requires_grad_()
-    rows = body("embed_layer_norm", "")(*args, 3)[0]
+    rows = body("embed_layer_norm", "")(*args[:18], 3, True)[0]
     (d,) = torch.autograd.grad(rows, position, randn(12, 40, seed=7))
     (full,) = torch.autograd.grad(body("embed_layer_norm", "")(*args)[0], position, randn(12, 40, seed=7))
     assert (d[3] == 0).all() and (full[3] != 0).any() and torch.equal(d[[0, 5]], full[[0, 5]])
@@ -245,7 +241,7 @@ def test_gradients_of_the_tables(dtype: torch.dtype, embeds: bool, skip: bool) -
         t.requires_grad_()
     y, dy = body("embed_layer_norm", "")(*args)[int(skip)], randn(12, 40, dtype=dtype, seed=7)
     ours = torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
-    wanted = by_reference("embed_layer_norm", tuple(args), tuple(leaves), *((None, dy) if skip else (dy, None)))
+    wanted = by_reference("embed_layer_norm", tuple(args), tuple(leaves), *((None, dy) if skip else (dy, None)), None)
     for i, got, (low, truth) in zip(leaves, ours, wanted, strict=True):
         assert_error_rule(got, low, truth, f"argument {i}")
     if embeds:
@@ -254,17 +250,35 @@ def test_gradients_of_the_tables(dtype: torch.dtype, embeds: bool, skip: bool) -
         assert (ours[0][0] == 0).all() and args[0].eq(0).any()
 
 
+def test_without_token_types() -> None:
+    args = embedding_args(torch.float32, True, False, 0.3)
+    args[2] = args[5] = None
+    leaves = [args[i].requires_grad_() for i in (4, 6, 7, 8)]
+    padded, dy = body("embed_layer_norm", "")(*args)[1], randn(12, 40, seed=7)
+    wanted = by_reference("embed_layer_norm", tuple(args), (4, 6, 7, 8), None, dy, None)
+    for got, (low, truth) in zip(torch.autograd.grad(padded, leaves, dy), wanted, strict=True):
+        assert_error_rule(got, low, truth)
+
+
+def test_there_is_no_gradient_without_the_sum() -> None:
+    args = embedding_args(torch.float32, True, False, 0.0)
+    args[7].requires_grad_()
+    rows, padded, h = body("embed_layer_norm", "")(*args[:-1])
+    assert h.numel() == 0
+    with pytest.raises(RuntimeError, match="called without want_sum"):
+        padded.sum().backward()
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("at", [0, 2, 3])
-def test_an_index_outside_its_table_is_nan_and_is_not_written(at: int) -> None:
-    """As in the forward: the token's gradient is NaN, no other's; the table's rows are added up within the table."""
+def test_a_sum_of_nan_reaches_no_other_row() -> None:
+    """An index outside its table made it in the forward; the table's rows are added up within the table."""
     args = embedding_args(torch.float32, False, False, 0.0)
-    args[at] = args[at].clone().long()
-    args[at][1, 2] = 2**40
+    h = summed(args)
+    h[6] = NAN
     dh, d_weight, d_bias = body("embed_layer_norm_backward", "triton")(
-        randn(12, 40), False, *args[:8], args[9], args[11], args[12], None, 0, 0.0
+        randn(12, 40), False, h, args[7], args[9], args[11], args[12], None, 0, 0.0
     )
-    wrong = torch.arange(12) == 6
+    wrong = torch.arange(12) == int(args[11][6])
     assert torch.equal(dh.isnan().all(1), wrong) and torch.equal(dh.isnan().any(1), wrong)
     assert d_weight.isnan().all() and not d_bias.isnan().any()
     for outside in (2**40, -(2**40)):
@@ -316,13 +330,14 @@ def test_numerical_gradients(op: str, case: str) -> None:
 
 def backward_calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     x, weight, token = randn(4, 8), torch.ones(8), torch.tensor([2, 0, 1, 3]).int()
-    half, args = x.bfloat16(), embedding_args(torch.float32, True, False, 0.3)
+    half, embedded = x.bfloat16(), randn(12, 40)
+    maps = pack_ref(MASK, True)[0], count(11)
     calls: dict[str, tuple[str, tuple[Any, ...]]] = {
         "plain": ("residual_layer_norm", (x, False, x, x, weight, 1e-5, None, None, None, 0, 0.0, True)),
         "frozen": ("residual_layer_norm", (x, True, x, x + 1, weight, 1e-5, token, None, SEED, 3, 0.5, False)),
         "mixed": ("residual_layer_norm", (x, True, half, x, weight, 1e-5, token, count(4), SEED, 3, 0.5, True)),
         "gelu": ("gelu_layer_norm", (x, x, weight, 1e-5, "gelu")),
-        "embeddings": ("embed_layer_norm", (randn(12, 40), True, *args[:8], args[9], *args[11:13], *args[15:])),
+        "embeddings": ("embed_layer_norm", (embedded, True, embedded, affine(40)[0], 1e-5, *maps, SEED, 2, 0.3)),
     }
     return {what: (body(f"{op}_backward", ""), given) for what, (op, given) in calls.items()}
 
@@ -355,10 +370,10 @@ WRONG = [
     (G, 1, randn(4), r"x has shape \(4,\), expected \(T, N\)"),
     (G, 4, "swish", r"act='swish': expected one of"),
     (E, 0, randn(11, 40), E + r": dy is \(11, 40\) on cpu, expected \(12, 40\)"),
-    (E, 2, None, "expected exactly one of input_ids and inputs_embeds"),
-    (E, 4, torch.zeros(3, 5).int(), r"the indices and 12 tokens do not fit \(3, 4\)"),
-    (E, 7, randn(40, 2).t(), r"token_type is \(2, 40\), expected dense \(rows, 40\)"),
-    (E, 13, SEED.int(), r"seed is \(1,\) torch.int32 on cpu, expected one int64 number"),
+    (E, 2, randn(11, 40), E + r": h is \(11, 40\), expected dense rows of 12 tokens"),
+    (E, 2, randn(40, 12).t(), r"h is \(12, 40\), expected dense rows"),
+    (E, 3, randn(41), r"weight is \(41,\) on cpu, expected \(40,\)"),
+    (E, 7, SEED.int(), r"seed is \(1,\) torch.int32 on cpu, expected one int64 number"),
 ]
 
 
