@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from bert_fast.modeling import UPSTREAM, fast_modules, swap_classes
+from bert_fast.family import UPSTREAM
+from bert_fast.modeling import OWN_ATTRIBUTES, SIBLINGS, fast_modules, swap_classes
 from bert_fast.packing import check_padding
 
 Model = TypeVar("Model")
@@ -27,6 +28,8 @@ def accelerate(model: Model, padding: str = "auto") -> Model:
 
     model: any torch.nn.Module (a transformers model, a SentenceTransformer or CrossEncoder, a PEFT or DDP wrapper), or
     a transformers pipeline. Modules change class and nothing else: parameters, state_dict keys, hooks and outputs stay.
+    The new classes go by transformers' names and modules; `pickle` and `torch.save` write transformers' own, so that
+    what is loaded elsewhere (a spawned worker, a Ray actor) is to be accelerated there. A deepcopy stays accelerated.
     padding: as in `BertModel.set_padding`. Calling it again changes only the padding; `restore` undoes it.
 
     Raises TypeError when there is no module in `model`, ValueError for an unknown padding.
@@ -35,7 +38,7 @@ def accelerate(model: Model, padding: str = "auto") -> Model:
     root = _root(model)
     if "sentence_transformers" in sys.modules:
         importlib.import_module("bert_fast.sentences")
-    swap_classes(root)
+    swap_classes(root, SIBLINGS)
     for module in fast_modules(root):
         module._padding = padding
     return model
@@ -48,6 +51,7 @@ def restore(model: Model) -> Model:
     """
     root = _root(model)
     for module in fast_modules(root):
-        module.__dict__.pop("_padding", None)
+        for name in OWN_ATTRIBUTES:
+            module.__dict__.pop(name, None)
     swap_classes(root, UPSTREAM)
     return model

@@ -24,18 +24,17 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import output_capturing
 
+from bert_fast.installed import ATTENTIONS, CHANGES_SCORES, CHANGES_SCORES_PARTS, IS_CAUSAL
 from bert_fast.kernels.attention_base import MAX_HEAD_DIM
 from bert_fast.kernels.attention_heads import attention_heads
 from bert_fast.kernels.attention_heads_base import additive, causal_mask
 from bert_fast.kernels.dropout import make_seed
 from bert_fast.kernels.runtime import unsupported_reason, without_autocast
-from bert_fast.tiers import is_capture_hook, surroundings_reason
+from bert_fast.surroundings import surroundings_reason
+from bert_fast.tiers import is_capture_hook
 
 NAME = "bert_fast"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Arguments by which a model changes its scores in a way that is not ours; under such a name None is harmless.
-REFUSED = ("s_aux", "indices", "block_indices", "cache")
-REFUSED_PARTS = ("softcap", "sink", "bias", "alibi")
 _PLAIN_CAUSAL = "_bert_fast_plain_causal"
 
 Tensor = torch.Tensor
@@ -99,7 +98,7 @@ def attention_forward(
     p = dropout if module.training else 0.0
     mask, causal, around = attention_mask, False, surroundings_reason()
     if mask is None:
-        causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+        causal = query.shape[2] > 1 and bool(getattr(module, IS_CAUSAL, False) if is_causal is None else is_causal)
     elif not around and _is_plain_causal(mask) and mask.shape[2:] == (query.shape[2], key.shape[2]):
         mask, causal = None, True
     if position_bias is not None:
@@ -121,7 +120,7 @@ def attention_forward(
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
-        refused = name in REFUSED or any(part in name for part in REFUSED_PARTS)
+        refused = name in CHANGES_SCORES or any(part in name for part in CHANGES_SCORES_PARTS)
         if refused and value is not None and value is not False:
             shown = f"a {value.dtype} tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise NotImplementedError(
@@ -132,9 +131,9 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
 
 def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Asked for by argument or configuration, collected by transformers' hooks, or seen by somebody's hook."""
-    asked = kwargs.get("output_attentions")
+    asked = kwargs.get(ATTENTIONS)
     if asked is None:
-        asked = getattr(getattr(module, "config", None), "output_attentions", False)
+        asked = getattr(getattr(module, "config", None), ATTENTIONS, False)
     collected = output_capturing._active_collector.get()
     return bool(
         asked

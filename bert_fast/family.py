@@ -14,10 +14,15 @@ from functools import cached_property
 from itertools import starmap
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+
+from bert_fast.installed import Signature
+
+UPSTREAM: dict[type, type] = {}  # class of ours -> transformers' class that it stands for
+FAMILIES: list[Family] = []  # in order of their import
 
 # methods that transformers' forwards call of their own module, where a class has them
 METHODS = ("feed_forward_chunk", "ff_chunk", "compute_position_bias", "relative_position_bucket")
@@ -45,6 +50,7 @@ class EmbeddingsView(NamedTuple):
     """module: the embeddings; types: the table of token types or None; project: a dense after them or None.
 
     positions(input_ids, inputs_embeds): the default positions (B, S) where they depend on the input, else None.
+    checked: what checks.py found good, the buffers of positions and token types up to a length.
     """
 
     module: nn.Module
@@ -55,6 +61,7 @@ class EmbeddingsView(NamedTuple):
     dropout: nn.Dropout
     project: nn.Linear | None
     positions: Callable[[torch.Tensor | None, torch.Tensor | None], torch.Tensor] | None
+    checked: dict[tuple[int, bool], tuple[int, ...]]
 
 
 class LayerView(NamedTuple):
@@ -124,10 +131,16 @@ class Family:
     sequence_readers: dict[type, type] = field(default_factory=dict)
     derived: list[type] = field(default_factory=list)  # our classes of it (modeling.derive)
 
+    compare: ClassVar[Callable[[Family], str | None] | None] = None  # comparison.py's, on releases that nobody tested
+
+    def difference(self) -> str | None:
+        """How the installed transformers computes something else than we do."""
+        return None if self.compare is None else self.compare()
+
     @cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the model's arguments."""
-        return argument_names(self.model.forward)
+    def signature(self) -> Signature:
+        """The arguments of the model."""
+        return Signature(self.model.forward)
 
     @cached_property
     def returns_cross_attentions(self) -> bool:
@@ -200,7 +213,7 @@ class Family:
         return EmbeddingsView(
             module, module.word_embeddings, module.position_embeddings, getattr(module, "token_type_embeddings", None),
             module.LayerNorm, module.dropout, getattr(model, self.project, None) if self.project else None,
-            positions if self.position_padding else None,
+            positions if self.position_padding else None, {},
         )  # fmt: skip
 
     def positions(
@@ -233,12 +246,6 @@ def relative_bias(encoder: nn.Module) -> Callable[[int], torch.Tensor]:
         return encoder.compute_position_bias(encoder.relative_attention_bias.weight.new_empty(1, S, 0))
 
     return of_length
-
-
-def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a forward's arguments, in order, without self and **kwargs."""
-    found = inspect.signature(forward).parameters.values()
-    return tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
 
 
 def family_of(model: nn.Module) -> Family:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
-from torch.utils._device import DeviceContext
 
 from bert_fast.cuda_graphs import CudaBackend
 from bert_fast.encoder import Encoded, encode
@@ -139,11 +138,6 @@ def _surroundings(call: Call, snapshot: Snapshot) -> str | None:
         return "attention_mask is 4-D"
     if os.environ.get("BERT_FAST_GRAPHS") == "0":
         return "BERT_FAST_GRAPHS=0"
-    if torch._C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode is on"
-    for i in range(torch._C._len_torch_function_stack()):
-        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:  # set_default_device is no concern of ours
-            return "a TorchFunctionMode is on"
     return None
 
 

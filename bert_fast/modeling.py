@@ -7,8 +7,10 @@ state_dict keys, random numbers drawn, hooks and isinstance stay as they were. `
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -20,38 +22,32 @@ from transformers.utils import output_capturing
 from bert_fast import graphs, snapshot
 from bert_fast.checks import check_inputs, check_one_of
 from bert_fast.direct import run_directly
-from bert_fast.family import Family, argument_names, family_of
+from bert_fast.family import FAMILIES, UPSTREAM, Family, family_of
+from bert_fast.installed import Inputs, ModelArguments, Signature, collects_outputs, model_arguments
 from bert_fast.outputs import make_outputs
 from bert_fast.packing import check_padding, resolve_padding
+from bert_fast.surroundings import autocast_reason, surroundings_reason
 from bert_fast.tiers import (
     FORWARDS,
-    autocast_reason,
     call_reason,
     model_reason,
     module_reason,
     register_family,
-    surroundings_reason,
     warn_once,
     word_table,
 )
 
 SWAPS: dict[type, type] = {}  # transformers' class -> ours
-UPSTREAM: dict[type, type] = {}  # and back
+SIBLINGS: dict[type, type] = {}  # transformers' class -> ours for an object that accelerate changes
 
 FIRST_TOKEN_ONLY = "_bert_fast_first_token_only"  # a head tells its model that it reads the first token alone
-FLAGS = ("output_hidden_states", "output_attentions")
-TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-OTHERS = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+OWN_ATTRIBUTES = ("_padding",)  # what we set on an object, and transformers has not
 
 
 class FastModel:
     """What every model and head adds: `padding`, and the class swap after transformers' constructor."""
 
     _padding = "auto"
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        swap_classes(self)
 
     @property
     def padding(self) -> str:
@@ -89,9 +85,42 @@ class EncoderModel(FastModel):
     `bert_fast.explain(model, **inputs)` says which and why. Errors of arguments: checks.py.
     """
 
+    def _run(self, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _model_forward(self, upstream, args, kwargs)
+
 
 class FirstTokenHead(FastModel):
     """A head that reads the first token only: tells its model, which may then skip padding (padding="auto")."""
+
+    def _run(self, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if reads_first_token_only(self):
+            kwargs[FIRST_TOKEN_ONLY] = True
+        return upstream(*args, **kwargs)
+
+
+class Sibling:
+    """An object that accelerate changed looks like transformers' own to whoever reads its class.
+
+    The class has upstream's module and qualified name. What is pickled is an object of upstream's class, which loads
+    where bert_fast is not; a copy is accelerated like the original.
+    """
+
+    def _copied_with(self, copied: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__setstate__(copied(super().__reduce_ex__(2)[2]))
+        return new
+
+    def __copy__(self) -> Any:
+        return self._copied_with(dict, {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._copied_with(lambda state: copy.deepcopy(state, memo), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) not in UPSTREAM:  # a class that somebody made of ours
+            return super().__reduce_ex__(protocol)
+        state = {name: value for name, value in super().__reduce_ex__(2)[2].items() if name not in OWN_ATTRIBUTES}
+        return copyreg._reconstructor, (UPSTREAM[type(self)], object, None), state
 
 
 def fast_modules(model: nn.Module) -> Iterator[FastModel]:
@@ -99,30 +128,7 @@ def fast_modules(model: nn.Module) -> Iterator[FastModel]:
     return (module for module in model.modules() if isinstance(module, FastModel))
 
 
-def split_arguments(
-    family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
-    """(tensors, others, the rest) of a call's arguments; None where they do not fit the signature."""
-    given = dict(zip(family.parameters, args, strict=False))
-    if len(args) > len(family.parameters) or given.keys() & kwargs.keys():
-        return None
-    given.update(kwargs)
-    given.pop("use_cache", None)
-    tensors = {name: given.pop(name, None) if name in family.parameters else None for name in TENSORS}
-    others = {name: given.pop(name, None) for name in OTHERS if name in family.parameters}
-    return tensors, others, {k: v for k, v in given.items() if v is not None or k not in family.parameters}
-
-
-def output_flags(model: nn.Module, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """(output_hidden_states, output_attentions) of a call, from its arguments or the config, as upstream reads them."""
-    return tuple(  # type: ignore[return-value]
-        kwargs[name] if name in kwargs else getattr(model.config, name, False) for name in FLAGS
-    )
-
-
-def encoder_check(
-    model: nn.Module, tensors: dict[str, Any], others: dict[str, Any], kwargs: dict[str, Any]
-) -> tuple[str | None, snapshot.Snapshot | None]:
+def encoder_check(model: nn.Module, given: ModelArguments) -> tuple[str | None, snapshot.Snapshot | None]:
     """(None, the model's snapshot) of a call for the encoder tier, (why it is not, None) of another one."""
     like = word_table(model)
     like = next(model.parameters()) if like is None else like
@@ -131,27 +137,21 @@ def encoder_check(
     if reason is None and plain is None:
         reason = model_reason(model)
         plain = None if reason else snapshot.take(model)
-    reason = reason or call_reason(tensors, others, kwargs, like.dtype)
+    reason = reason or call_reason(given, like.dtype)
     return reason, None if reason else plain
 
 
 def make_call(
-    model: Any,
-    plain: snapshot.Snapshot,
-    B: int,
-    S: int,
-    tensors: dict[str, Any],
-    hidden_states: bool,
-    attentions: bool,
-    first_token_only: bool,
+    model: Any, plain: snapshot.Snapshot, B: int, S: int, inputs: Inputs, given: ModelArguments, first_token_only: bool
 ) -> graphs.Call:
-    """What one checked call computes; tensors in order of TENSORS. first_token_only: a head reads nothing else."""
-    mask, returns_positions = tensors["attention_mask"], hidden_states or attentions
+    """What one checked call computes. inputs: its tensors, checked; first_token_only: a head reads nothing else."""
+    hidden_states, attentions = bool(given.hidden_states), bool(given.attentions)
+    mask, returns_positions = inputs.attention_mask, hidden_states or attentions
     # a 4-D mask may have a bias for every query: its last layer is computed like the others
     every_query = mask is not None and mask.dim() == 4 or plain.view.relative_bias is not None
     skip = not every_query and resolve_padding(model._padding, first_token_only, returns_positions) == "skip"
     first_tokens = first_token_only and not returns_positions and not every_query
-    return graphs.Call(B, S, *tensors.values(), skip, hidden_states, attentions, first_tokens)
+    return graphs.Call(B, S, *inputs, skip, hidden_states, attentions, first_tokens)
 
 
 @torch.compiler.assume_constant_result
@@ -161,29 +161,25 @@ def _install_capture_hooks(model: nn.Module) -> None:
     output_capturing.maybe_install_capturing_hooks(model)
 
 
-def fused_forward(model: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward of every base model. upstream: transformers' own, bound to the model."""
+def _model_forward(model: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first_token_only = kwargs.pop(FIRST_TOKEN_ONLY, False)
     if torch.compiler.is_compiling():  # before anything that a compiler would have to trace
-        if any(output_flags(model, kwargs)):
+        if collects_outputs(model.config, kwargs):
             _install_capture_hooks(model)
         return upstream(*args, **kwargs)
     family = family_of(model)
-    split = split_arguments(family, args, kwargs)
-    if split is None:
+    given = model_arguments(model._signature, model.config, args, kwargs)
+    if given is None:
         return upstream(*args, **kwargs)
-    tensors, others, rest = split
-    reason, plain = encoder_check(model, tensors, others, rest)
+    reason, plain = encoder_check(model, given)
     if plain is None:
         warn_once(reason)
         return upstream(*args, **kwargs)
-    hidden_states, attentions = output_flags(model, rest)
-    return_dict = rest["return_dict"] if "return_dict" in rest else getattr(model.config, "return_dict", True)
-    check_one_of(tensors["input_ids"], tensors["inputs_embeds"])
-    B, S = check_inputs(plain.view, **tensors)
-    call = make_call(model, plain, B, S, tensors, bool(hidden_states), bool(attentions), first_token_only)
+    check_one_of(given.inputs)
+    B, S, inputs = check_inputs(plain.view, given.inputs)
+    call = make_call(model, plain, B, S, inputs, given, first_token_only)
     encoded = graphs.replayed(plain, call) or run_directly(call, plain)
-    return make_outputs(family, encoded, hidden_states, attentions, return_dict, model.config.num_hidden_layers)
+    return make_outputs(family, encoded, given, model.config.num_hidden_layers)
 
 
 def reads_first_token_only(head: Any) -> bool:
@@ -192,46 +188,62 @@ def reads_first_token_only(head: Any) -> bool:
     cls = type(base)
     if cls not in UPSTREAM or base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return False
+    if family.difference() is not None:  # then transformers' code is not told what it may not know
+        return False
     if cls.forward is not FORWARDS[cls] or upstream.forward is not FORWARDS[upstream]:
         return False
     reader = family.sequence_readers.get(upstream)
     return reader is None or module_reason(head.classifier, reader) is None
 
 
-def _first_token_forward(head: Any, upstream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if reads_first_token_only(head):
-        kwargs[FIRST_TOKEN_ONLY] = True
-    return upstream(*args, **kwargs)
-
-
 def _derived(mixin: type, upstream: type, family: Family, home: str) -> type:
-    """The class of ours for one of transformers', importable from the module `home`."""
-    namespace = {"__module__": home, "__doc__": upstream.__doc__, "_family": family, "_upstream": upstream}
-    namespace["_arguments"] = argument_names(upstream.forward)
-    runs = {EncoderModel: fused_forward, FirstTokenHead: _first_token_forward}.get(mixin)
-    if runs is not None:
+    """The class of ours for one of transformers', importable from the module `home`.
 
-        @functools.wraps(upstream.forward, assigned=("__doc__",), updated=())  # inspect.signature shows upstream's own
+    Constructor and forward show upstream's signatures; the latter is `mixin._run`, where it has one.
+    """
+    namespace = {"__module__": home, "__doc__": upstream.__doc__, "_family": family, "_upstream": upstream}
+    namespace |= {"_signature": Signature(upstream.forward), "_swaps": SWAPS}
+    if hasattr(mixin, "_run"):
+
+        @functools.wraps(upstream.forward, assigned=("__doc__",), updated=())
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return runs(self, super(cls, self).forward, args, kwargs)
+            return self._run(super(cls, self).forward, args, kwargs)
 
         namespace["forward"] = forward
-        if mixin is EncoderModel:
-            namespace["__doc__"] = f"{mixin.__doc__}\n    Follows {upstream.__module__}."
+    if issubclass(mixin, FastModel):
+
+        @functools.wraps(upstream.__init__, assigned=("__doc__",), updated=())
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            super(cls, self).__init__(*args, **kwargs)
+            swap_classes(self, self._swaps)
+
+        namespace["__init__"] = __init__
+    if mixin is EncoderModel:
+        namespace["__doc__"] = f"{mixin.__doc__}\n    Follows {upstream.__module__}."
     cls = type(upstream.__name__, (mixin, upstream), namespace)
-    SWAPS[upstream], UPSTREAM[cls] = cls, upstream
+    add_swap(upstream, cls)
     return cls
+
+
+def add_swap(upstream: type, ours: type) -> None:
+    """Enter a class of ours into the tables, and one like it for objects that accelerate changes."""
+    looks = {name: getattr(upstream, name) for name in ("__module__", "__qualname__", "__doc__")}
+    sibling = type(upstream.__name__, (Sibling, ours), looks | {"_swaps": SIBLINGS})
+    SWAPS[upstream], SIBLINGS[upstream] = ours, sibling
+    UPSTREAM[ours] = UPSTREAM[sibling] = upstream
 
 
 def derive(family: Family, home: str) -> dict[str, type]:
     """Our classes of a family by name, for the namespace of the module `home`, from which pickle imports them."""
     hf = family.hf
+    _ = family.forwards, family.functions  # what this transformers lacks shows before anything is registered
     mixins = {family.model: EncoderModel, **family.fused}
     mixins |= {getattr(hf, name): FirstTokenHead for name in family.first_token_heads}
     mixins |= {getattr(hf, name): FastModel for name in family.other_heads}
     classes = {upstream.__name__: _derived(mixin, upstream, family, home) for upstream, mixin in mixins.items()}
-    family.derived.extend(classes.values())
+    family.derived.extend((*classes.values(), *map(SIBLINGS.__getitem__, mixins)))
     register_family(family)
+    FAMILIES.append(family)
     return classes
 
 
@@ -242,7 +254,7 @@ def _register_captures(module: nn.Module, cls: type) -> None:
         dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(cls), module._can_record_outputs)
 
 
-def swap_classes(model: nn.Module, classes: dict[type, type] = SWAPS) -> None:
+def swap_classes(model: nn.Module, classes: dict[type, type]) -> None:
     """Give every module of an exact class in `classes` the one that stands for it there, in place."""
     for module in model.modules():
         old, new = type(module), classes.get(type(module))

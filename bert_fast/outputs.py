@@ -1,7 +1,7 @@
 """transformers' output structure, built from what the encoder tier returns.
 
 Upstream collects hidden_states and attentions by hooks (transformers/utils/output_capturing.py); here the same keys,
-in the same order, from lists. `output_hidden_states` may be a selection, whose meaning changed between versions:
+in the same order, from lists. The hidden states asked for may be a selection, whose meaning changed between versions:
 up to 5.17 a list of layer outputs, later indices of hidden states, negative ones and a single one too.
 """
 
@@ -15,12 +15,13 @@ from transformers.utils import output_capturing
 
 from bert_fast.encoder import Encoded
 from bert_fast.family import Family
+from bert_fast.installed import ModelArguments
 
 SELECTS_HIDDEN_STATES = hasattr(output_capturing, "selected_hidden_states")  # later than 5.17
 
 
 def select_hidden_states(hidden: list[torch.Tensor], wanted: Any, n_layers: int) -> tuple[torch.Tensor | None, ...]:
-    """The tuple upstream returns for `output_hidden_states=wanted` (truthy), from all L + 1 hidden states.
+    """The tuple upstream returns where hidden states `wanted` (truthy) are asked for, from all L + 1 of them.
 
     n_layers: the config's number, by which upstream resolves negative indices.
     """
@@ -36,18 +37,19 @@ def select_hidden_states(hidden: list[torch.Tensor], wanted: Any, n_layers: int)
 
 
 def make_outputs(
-    family: Family, encoded: Encoded, hidden_states: Any, attentions: Any, return_dict: bool | None, n_layers: int
-) -> ModelOutput | tuple[Any, ...]:
-    """hidden_states, attentions: the flags as the caller gave them; return_dict False gives the tuple."""
-    given = {"last_hidden_state": encoded.last}
+    family: Family, encoded: Encoded, given: ModelArguments, n_layers: int
+) -> ModelOutput | tuple[Any, ...]:  # fmt: skip
+    """What a call with these arguments returns; return_dict False gives the tuple."""
+    hidden_states, return_dict = given.hidden_states, given.return_dict
+    fields = {"last_hidden_state": encoded.last}
     if family.pooler_class is not None:
-        given["pooler_output"] = encoded.pooled
-    outputs = family.outputs(**given)
+        fields["pooler_output"] = encoded.pooled
+    outputs = family.outputs(**fields)
     if family.own_outputs:
         hidden_states, return_dict = bool(hidden_states), bool(return_dict)
     if hidden_states:
         outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states, n_layers)
-    if attentions:
+    if given.attentions:
         outputs["attentions"] = tuple(encoded.attentions)
         if family.returns_cross_attentions:  # as upstream: asked for, and an encoder has none
             outputs["cross_attentions"] = ()

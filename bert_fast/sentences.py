@@ -5,6 +5,7 @@ Imported by `accelerate` when sentence_transformers is; never by bert_fast itsel
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -12,7 +13,8 @@ import sentence_transformers
 from sentence_transformers.sentence_transformer import modules as st
 from torch import nn
 
-from bert_fast.modeling import SWAPS, UPSTREAM, EncoderModel
+from bert_fast.family import UPSTREAM
+from bert_fast.modeling import SIBLINGS, EncoderModel, add_swap
 from bert_fast.packing import only_real_tokens_are_read
 
 _ENCODE = inspect.signature(sentence_transformers.SentenceTransformer.encode)
@@ -28,7 +30,7 @@ def _is_plain(module: nn.Module, *classes: type) -> bool:
 def pools_real_tokens(model: nn.Module) -> bool:
     """Whether nothing but masked pooling reads the token embeddings: a transformer, its pooling, what reads that."""
     modules = list(model)
-    if len(modules) < 2 or not _is_plain(model, SentenceTransformer):
+    if len(modules) < 2 or not _is_plain(model, SIBLINGS[sentence_transformers.SentenceTransformer]):
         return False
     transformer, pooling, *rest = modules
     return (
@@ -42,17 +44,13 @@ def pools_real_tokens(model: nn.Module) -> bool:
 
 
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
-    __doc__ = sentence_transformers.SentenceTransformer.__doc__
-
+    @functools.wraps(sentence_transformers.SentenceTransformer.encode)
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """sentence-transformers' encode; padding="auto" skips padding where only the pooling could see it."""
+        """padding="auto" skips padding where only the pooling could see it."""
         given = _ENCODE.bind_partial(self, *args, **kwargs).arguments
         unseen = given.get("output_value", "sentence_embedding") == "sentence_embedding" and pools_real_tokens(self)
         with only_real_tokens_are_read(unseen):
             return super().encode(*args, **kwargs)
 
-    encode.__signature__ = _ENCODE
 
-
-SWAPS[sentence_transformers.SentenceTransformer] = SentenceTransformer
-UPSTREAM[SentenceTransformer] = sentence_transformers.SentenceTransformer
+add_swap(sentence_transformers.SentenceTransformer, SentenceTransformer)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
@@ -32,15 +33,16 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bert_fast.family import Family, family_of
-from bert_fast.tiers import ACTIVATIONS, mask_function
+from bert_fast.family import UPSTREAM, Family, family_of
+from bert_fast.installed import IS_CAUSAL
+from bert_fast.tiers import mask_function
 
 _FORWARD_OF = attrgetter("forward")
 _CHECKPOINTING = attrgetter("gradient_checkpointing")  # an attribute of the class until it is set
 _TRAINING = itemgetter("training")
 _CONFIG_OF = itemgetter("config")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CONFIG = ("is_decoder", "is_causal", "_attn_implementation", "_attn_implementation_internal")
+_CONFIG = ("is_decoder", IS_CAUSAL, "_attn_implementation", "_attn_implementation_internal")
 # what encode and the walk read of a torch module beside its parameters
 _CONSTANTS: dict[type, tuple[str, ...]] = {
     nn.LayerNorm: ("eps",),
@@ -48,7 +50,7 @@ _CONSTANTS: dict[type, tuple[str, ...]] = {
     nn.Embedding: ("max_norm", "sparse", "scale_grad_by_freq", "padding_idx"),
 }
 # and of a module of transformers, where it has that attribute
-_NUMBERS = ("scaling", "attention_head_size", "is_decoder", "is_causal", "add_cross_attention", "padding_idx")
+_NUMBERS = ("scaling", "attention_head_size", "is_decoder", IS_CAUSAL, "add_cross_attention", "padding_idx")
 _NUMBERS += ("chunk_size_feed_forward", "act")
 _UNREADABLE = (RuntimeError, TypeError, KeyError, AttributeError)  # of what is removed, or has no memory of its own
 
@@ -58,14 +60,13 @@ def _flat(dicts: Any) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, dicts)))
 
 
-def _globals_of(model: nn.Module, family: Family) -> tuple[Any, ...]:
-    """Facts outside the modules, compared by `==`."""
-    config = model.config.__dict__
+def _globals_of(model: nn.Module, family: Family, classes: Iterable[type]) -> tuple[Any, ...]:
+    """Facts outside the modules, compared by `==`; classes: those whose forwards a call runs."""
     return (
-        *map(config.get, _CONFIG),
+        *map(model.config.__dict__.get, _CONFIG),
         mask_function(model),
         family.current_functions(),
-        *map(_FORWARD_OF, chain(family.forwards, family.derived, ACTIVATIONS)),
+        *map(_FORWARD_OF, classes),
     )
 
 
@@ -81,7 +82,9 @@ class Snapshot:
         below = modules[1:]
         family = self._family = family_of(model)
         view = self.view = family.view(model)
-        self._globals = _globals_of(model, family)
+        kinds = set(map(type, modules))
+        self._classes = [family.model, *kinds, *(UPSTREAM[kind] for kind in kinds if kind in UPSTREAM)]
+        self._globals = _globals_of(model, family, self._classes)
         self._trees = [m._modules for m in modules if m._modules]
         self._children = _flat(self._trees)
         self._types = list(map(type, self._children))
@@ -112,7 +115,7 @@ class Snapshot:
         dicts_of = {_CONSTANTS[cls]: [m.__dict__ for m in below if isinstance(m, cls)] for cls in _CONSTANTS}
         dicts_of[_CONSTANTS[nn.Linear]] = [layer.up.__dict__ for layer in view.layers]
         for m in below:
-            if type(m).__module__.startswith(("transformers.", "bert_fast.")):
+            if not type(m).__module__.startswith("torch."):
                 names = tuple(name for name in (*_NUMBERS, family.heads) if name in m.__dict__)
                 dicts_of.setdefault(names, []).append(m.__dict__)
         self._constants: list[tuple[Any, list[dict[str, Any]], list[Any]]] = []
@@ -170,7 +173,7 @@ class Snapshot:
                     return False
         except _UNREADABLE:
             return False
-        return _globals_of(model, self._family) == self._globals
+        return _globals_of(model, self._family, self._classes) == self._globals
 
 
 _snapshots: WeakKeyDictionary[nn.Module, dict[bool, Snapshot]] = WeakKeyDictionary()

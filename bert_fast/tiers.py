@@ -14,30 +14,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as nn_module
 from transformers import activations
 from transformers.utils import output_capturing
 
-from bert_fast.family import METHODS, Family, family_of
+from bert_fast.checks import reads_part
+from bert_fast.family import METHODS, UPSTREAM, Family, family_of
+from bert_fast.installed import INPUTS, IS_CAUSAL, ModelArguments
 from bert_fast.kernels.attention import MAX_HEAD_DIM
 from bert_fast.kernels.runtime import unsupported_reason
+from bert_fast.surroundings import TORCH_GELU
 
 logger = logging.getLogger("bert_fast")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "bert_fast")
-# arguments of forward that our path understands or that transformers' BERT ignores
-NEUTRAL_KWARGS = {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"}
 
 # class of hidden_act's module in transformers.activations or torch.nn -> act of our kernels
-ACTIVATIONS: dict[type, str] = {
-    activations.GELUActivation: "gelu",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.GELUTanh: "gelu_tanh",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    getattr(activations, "SiLUActivation", nn.SiLU): "silu",
-}
+_NAMES = {"GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh", "SiLUActivation": "silu"}
+ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+ACTIVATIONS |= {getattr(activations, name): act for name, act in _NAMES.items() if hasattr(activations, name)}
 
 
 def _nested_code(function: Any, name: str) -> CodeType | None:
@@ -87,7 +82,7 @@ def _hook_reason(module: nn.Module) -> str | None:
 def module_reason(module: nn.Module | None, expected: type) -> str | None:
     """Why `module` is not simply an `expected` (its upstream class or our subclass of the same name)."""
     cls = type(module)
-    if cls is not expected and not (cls.__bases__[-1] is expected and cls.__module__.startswith("bert_fast.")):
+    if cls is not expected and UPSTREAM.get(cls) is not expected:
         return f"is a {cls.__module__}.{cls.__qualname__}, not {expected.__module__}.{expected.__qualname__}"
     assert module is not None
     for kind in (expected, cls):
@@ -146,7 +141,7 @@ def activation_reason(module: Any) -> str | None:
         return f"activation {cls.__name__} has no kernel"
     if "act" in module.__dict__:  # the function that transformers' GELU modules call
         function = getattr(module.act, "func", getattr(module.act, "__func__", module.act))
-        known = (nn.functional.gelu, getattr(cls, "_gelu_python", None), getattr(cls, "_gelu_tanh_python", None))
+        known = (TORCH_GELU, getattr(cls, "_gelu_python", None), getattr(cls, "_gelu_tanh_python", None))
         if function not in known:
             return f"activation {cls.__name__} calls another function"
     return module_reason(module, cls)
@@ -162,10 +157,10 @@ def _parts_reason(path: str, parts: list[tuple[str, str | None]]) -> str | None:
 def embedding_parts_reason(module: nn.Module, like: torch.Tensor) -> str | None:
     """Why the tables, LayerNorm and dropout of embeddings are not plain; like: the word table."""
     tables = ["word_embeddings", "position_embeddings"]
-    buffers = ["position_ids"]
+    buffers = [INPUTS.position_ids]
     if hasattr(module, "token_type_embeddings"):
         tables.append("token_type_embeddings")
-        buffers.append("token_type_ids")
+        buffers.append(INPUTS.token_type_ids)
     for name in tables:
         reason = _embedding_reason(getattr(module, name), like)
         if reason is None and name == "token_type_embeddings" and module.token_type_embeddings.padding_idx is not None:
@@ -190,7 +185,7 @@ def norm_parts_reason(module: nn.Module, size: int, like: torch.Tensor) -> str |
 
 def attention_shape_reason(own: nn.Module, heads: int, size: int, scale: Any) -> str | None:
     """Why the kernels cannot be the attention of this module, whatever its projections; size: of all heads together."""
-    if getattr(own, "is_decoder", False) or getattr(own, "is_causal", False):
+    if getattr(own, "is_decoder", False) or getattr(own, IS_CAUSAL, False):
         return "is causal"
     if heads * own.attention_head_size != size:
         return "has heads that do not make up its size"
@@ -289,13 +284,13 @@ def model_reason(model: nn.Module) -> str | None:
     family, config = family_of(model), model.config
     if family.model.forward is not FORWARDS[family.model]:
         return f"the forward of {family.model.__name__} was replaced"
-    if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
+    if getattr(config, "is_decoder", False) or getattr(config, IS_CAUSAL, False):
         return "the model is a decoder"
     if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"attn_implementation={config._attn_implementation!r} was chosen"
     if mask_function(model) is not family.model.__dict__.get("_create_attention_masks"):
         return "the model makes its own attention masks"
-    reason = function_reason(family)
+    reason = function_reason(family) or family.difference()
     if reason:
         return reason
     word = word_table(model)
@@ -327,6 +322,9 @@ def model_reason(model: nn.Module) -> str | None:
         reason = layer_reason(family, layer, f"{family.layers}.{i}", like, config)
         if reason:
             return reason
+    owners = {id(family.layer_view(layer).attention): layer for layer in layers}
+    if len(owners) < len(set(layers)):  # whose weights transformers' hooks collect once for every owner
+        return "an attention module belongs to two layers"
     pooler = family.pooler_of(model)
     return None if pooler is None else pooler_reason(family, pooler, like)
 
@@ -336,52 +334,26 @@ def mask_function(model: nn.Module) -> Any:
     return getattr(getattr(model, "_create_attention_masks", None), "__func__", None)
 
 
-def surroundings_reason() -> str | None:
-    """What around the call (compilers, transforms, global hooks) our ops do not go through."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the call is being compiled, exported or traced"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "the call is under a torch.func transform"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "the call is under forward-mode differentiation"
-    if nn_module._has_any_global_hook():
-        return "a global module hook is installed"
-    return None
-
-
-def autocast_reason(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why our ops do not do what autocast asks of a model of `dtype`: only fp32 parameters are brought to half."""
-    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
-        return None
-    to = torch.get_autocast_dtype(device_type)
-    if dtype == torch.float32 and to in (torch.bfloat16, torch.float16):
-        return None
-    return f"autocast to {to} is on, parameters are {dtype}"
-
-
-def call_reason(
-    tensors: dict[str, Any], unused: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype
-) -> str | None:
+def call_reason(given: ModelArguments, dtype: torch.dtype) -> str | None:
     """What about the arguments of one forward call needs transformers' code; dtype: the model's."""
-    for name, value in unused.items():
-        if value is not None:
-            return f"{name} was given"
-    for name in kwargs:
-        if name not in NEUTRAL_KWARGS:
-            return f"argument {name!r} is left to transformers"
-    for name, value in tensors.items():
+    if given.unserved is not None:
+        return f"argument {given.unserved!r} is left to transformers"
+    inputs = given.inputs
+    for name, value in zip(INPUTS, inputs, strict=True):
         if value is not None and type(value) not in (torch.Tensor, nn.Parameter):
             return f"{name} is a {type(value).__name__}"
-    given = tensors["inputs_embeds"] if tensors["input_ids"] is None else tensors["input_ids"]
-    for name in ("token_type_ids", "position_ids"):
-        ids = tensors[name]
-        if ids is not None and given is not None and ids.dim() == 2 and len(given) == 1 < len(ids):
-            return f"{name} make a batch of one input"
-    mask, embeds = tensors["attention_mask"], tensors["inputs_embeds"]
+    first, mask, embeds = inputs.given, inputs.attention_mask, inputs.inputs_embeds
+    if first is None:
+        return None
+    for ids in (inputs.token_type_ids, inputs.position_ids):
+        if ids is not None and ids.dim() == 2 and len(first) == 1 < len(ids):
+            return f"{INPUTS[2 if ids is inputs.token_type_ids else 3]} make a batch of one input"
     if mask is not None and mask.dim() == 4 and mask.dtype not in (torch.bool, dtype):
-        return f"attention_mask is a 4-D mask of {mask.dtype}, the model is {dtype}"
+        return f"{INPUTS.attention_mask} is a 4-D mask of {mask.dtype}, the model is {dtype}"
+    if mask is not None and mask.dim() == 2 and first.dim() > 1 and reads_part(mask, *first.shape[:2]):
+        return f"{INPUTS.attention_mask} is {tuple(mask.shape)}, of which transformers reads a part or repeats it"
     if embeds is not None and embeds.dtype != dtype and torch.promote_types(embeds.dtype, dtype) == dtype:
-        return f"inputs_embeds is {embeds.dtype}, the model is {dtype}"
+        return f"{INPUTS.inputs_embeds} is {embeds.dtype}, the model is {dtype}"
     return None
 
 

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import recorder
 import torch
 
+recorder.install()  # before bert_fast is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # weights come from installed packages
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None

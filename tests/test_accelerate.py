@@ -46,7 +46,7 @@ def test_in_place_idempotent_and_undone(capsys: pytest.CaptureFixture[str]) -> N
         assert model.padding == model.bert.padding == padding
         told = bert_fast.explain.__globals__["explanation"](model, **inputs)
         assert told.tier == "encoder" and told.padding == padding.replace("auto", "skip")
-    assert type(model) is bert_fast.BertForSequenceClassification and isinstance(model, type(upstream))
+    assert isinstance(model, bert_fast.BertForSequenceClassification) and isinstance(model, type(upstream))
     assert all(p is before[n][0] and p.data_ptr() == before[n][1] for n, p in model.named_parameters())
     with torch.no_grad():
         assert_close_fp32(model(**inputs), upstream(**inputs))
@@ -93,7 +93,7 @@ def test_models_inside_a_module_of_somebodys_own() -> None:
     with torch.no_grad():
         wanted = towers(ids)
         bert_fast.accelerate(towers)
-        assert type(towers.query) is bert_fast.BertModel
+        assert isinstance(towers.query, bert_fast.BertModel)
         assert type(towers.document) is OwnBert, "a class of somebody's own stays"
         assert type(towers.document.encoder.layer[0].output) is not hf.BertOutput, "its layers are fused"
         assert_close_fp32(towers(ids), wanted)
@@ -244,7 +244,9 @@ def test_sentence_transformer_copies_and_restore(sentence_models: tuple[Any, Any
     wanted = upstream.encode(TEXTS)
     ours.save(str(tmp_path))
     again = bert_fast.accelerate(type(upstream)(str(tmp_path), device="cpu"))
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), again):
+    pickled = pickle.loads(pickle.dumps(ours))
+    assert type(pickled) is type(upstream)
+    for twin in (copy.deepcopy(ours), bert_fast.accelerate(pickled), again):
         assert type(twin) is type(ours)
         np.testing.assert_allclose(twin.encode(TEXTS), wanted, atol=1e-5)
     twin = bert_fast.restore(copy.deepcopy(ours))
@@ -273,7 +275,7 @@ def test_cross_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pipelines() -> None:
     folder = folder_of(*MINILM)
     upstream, ours = (transformers.pipeline("feature-extraction", model=str(folder), device="cpu") for _ in range(2))
-    assert bert_fast.accelerate(ours) is ours and type(ours.model) is bert_fast.BertModel
+    assert bert_fast.accelerate(ours) is ours and isinstance(ours.model, bert_fast.BertModel)
     got, wanted = ours(TEXTS, batch_size=3), upstream(TEXTS, batch_size=3)
     for mine, theirs in zip(got, wanted, strict=True):
         assert_close_fp32(torch.tensor(mine), torch.tensor(theirs))

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers import CLASSES, assert_close_fp32, assert_tier, head_inputs, model_inputs, pair
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorder import recording
 from transformers.models.bert import modeling_bert
 
 import bert_fast
@@ -99,16 +99,6 @@ def test_explain_leaves_no_trace():
     assert all(torch.equal(inputs[name], value) for name, value in copies.items())
 
 
-class OurOps(TorchDispatchMode):
-    """Counts the calls of our ops."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.namespace == "bert_fast"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("expected", ["encoder", "module", "upstream"])
 def test_the_tier_told_is_the_tier_that_runs(expected, monkeypatch):
     """Transformers' own forward runs in all tiers but the first, our ops in all but the last."""
@@ -126,10 +116,10 @@ def test_the_tier_told_is_the_tier_that_runs(expected, monkeypatch):
     monkeypatch.setitem(tiers.FORWARDS, upstream, upstream.forward)  # no replacement, but what was there from the start
     inputs = model_inputs(kind="right")
     assert_tier(ours, inputs, expected)
-    with OurOps() as ops:
+    with recording() as ran:
         ours(**inputs)
     assert len(calls) == (0 if expected == "encoder" else 1)
-    assert (ops.count > 0) == (expected != "upstream")
+    assert bool(ran.ops) == (expected != "upstream")
 
 
 @pytest.mark.parametrize("name", ["BertLayer", "BertSelfAttention", "BertIntermediate", "BertModel"])

@@ -321,7 +321,8 @@ def test_what_explain_says_of_heads() -> None:
     _, ours = pair("bert", cls="BertForSequenceClassification")
     inputs = inputs_of("bert")
     assert bert_fast.explain(nn.Sequential(ours), **inputs).padding == "skip", "a wrapper changes nothing"
-    told = bert_fast.explain(ours, **inputs, of_the_head=1)
+    told = bert_fast.explain(ours, **inputs, labels=torch.tensor([0, 1, 2]))
     assert told.tier == "encoder" and told.padding == "skip"
+    assert_tier(ours, inputs | {"of_nobody": 1}, "module", "'of_nobody'")
     ours.bert.register_forward_hook(lambda *_: None)
     assert bert_fast.explain(ours, **inputs).padding == "exact"

@@ -120,6 +120,25 @@ def test_no_import_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
+def test_arguments_of_transformers_are_named_in_one_place() -> None:
+    """A release may rename them; demo.py calls models as a user does."""
+    from bert_fast.family import FAMILIES
+    from bert_fast.installed import FLAGS, Signature
+
+    names = {"past_key_values", "past_key_values_length", "use_cache", "is_causal", "num_items_in_batch", *FLAGS}
+    for family in FAMILIES:
+        for cls in (family.model, family.embeddings_class, *family.layer_classes.values()):
+            names |= Signature(cls.forward).spelled.keys()
+    names -= {"hidden_states", "input"}  # a field of outputs, and a word
+    assert len(names) > 15
+    for name, path in LIBRARY.items():
+        if name in ("bert_fast.installed", "bert_fast.demo") or name.startswith("bert_fast.kernels"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)} & names
+        assert not found, f"{name} spells {found}"
+
+
 def test_no_long_file() -> None:
     lines = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8").count("\n") for p in LIBRARY.values()}
     assert not (long := {name: n for name, n in lines.items() if n > 400}), f"over 400 lines: {long}"

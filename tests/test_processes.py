@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import assert_close_fp32, model_inputs
 from thread_helpers import accelerated
 from torch.utils.data import DataLoader, Dataset
@@ -48,10 +49,12 @@ def test_workers_of_a_data_loader(method: str) -> None:
 
 @torch.no_grad()
 def load_and_run(source: Any, padding: str) -> Any:
-    """In a process of its own: a folder, or the model itself."""
-    model = source
+    """In a process of its own: a folder, or the model itself, which arrives as transformers' own."""
     if isinstance(source, Path):
         model = bert_fast.BertForSequenceClassification.from_pretrained(source, padding=padding).eval()
+    else:
+        assert type(source) is transformers.BertForSequenceClassification
+        model = bert_fast.accelerate(source, padding=padding)
     return model(**model_inputs(kind="right")).logits.numpy(), model.padding
 
 
@@ -60,7 +63,7 @@ def test_two_processes(tmp_path: Path) -> None:
     upstream, model = accelerated()
     upstream.save_pretrained(tmp_path)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        found = pool.starmap(load_and_run, [(tmp_path, "skip"), (model.set_padding("exact"), "")], chunksize=1)
+        found = pool.starmap(load_and_run, [(tmp_path, "skip"), (model, "exact")], chunksize=1)
     assert [padding for _, padding in found] == ["skip", "exact"]
     for logits, _ in found:
         assert_close_fp32(torch.from_numpy(logits), upstream(**model_inputs(kind="right")).logits)

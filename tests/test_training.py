@@ -20,6 +20,7 @@ from helpers import (
     random_ids,
     tensors_of,
 )
+from recorder import recording
 from test_contract_precision import gradient_kind, pooled
 
 from bert_fast.packing import make_packing
@@ -243,19 +244,10 @@ def test_a_second_derivative(monkeypatch):
 
 
 def names_of_ops(run):
-    """Names of our ops called within `run`."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "bert_fast":
-                names.append(func._schema.name.partition("::")[2])
-            return func(*args, **(kwargs or {}))
-
-    names = []
-    with Recorder():
+    """Names of our ops that run within `run`."""
+    with recording() as ran:
         run()
-    return names
+    return ran.ops
 
 
 def test_no_gradient_is_computed_that_nobody_needs():

@@ -277,19 +277,24 @@ def test_a_gradient_through_an_inner_step(change, expected):
 
 
 def test_gradients_under_a_dispatch_mode():
-    """Debuggers watch a step by such a mode; with one on, torch takes autograd from within an op's body."""
+    """Debuggers watch a step by such a mode, and see transformers' operators; where only the backward runs under it,
+    torch takes autograd from within an op's body."""
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
-    plain, watched = pair(**NO_DROPOUT)[1], pair(**NO_DROPOUT)[1]
+    plain, watched, late = (pair(**NO_DROPOUT)[1] for _ in range(3))
     inputs = model_inputs(kind="right")
     step(plain, inputs)
     with Watch():
-        assert_tier(watched.train(), inputs, "encoder")
+        assert_tier(watched.train(), inputs, "upstream", "TorchDispatchMode")
         step(watched, inputs)
     assert_gradients_close(watched, plain)
+    loss = weighted_sum(late.train()(**inputs))
+    with Watch():
+        loss.backward()
+    assert_gradients_close(late, plain)
 
 
 def test_a_compiled_step_is_that_of_transformers():
