@@ -1,4 +1,5 @@
-"""The doctor: what is installed, how each op would run on each device here, and how to get what is missing."""
+"""The doctor: what is installed, whether families are what they were on the tested releases, how each op would run on
+each device here, and how to get what is missing."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from dataclasses import asdict
 from importlib import metadata
 
@@ -13,7 +15,10 @@ import torch
 import transformers
 
 import bert_fast
-from bert_fast import graphs
+from bert_fast import comparison, graphs, verdicts
+from bert_fast.families import LEFT_OUT
+from bert_fast.family import FAMILIES
+from bert_fast.installed import TESTED_RELEASES, is_tested
 from bert_fast.kernels import configs, extension, runtime
 from bert_fast.one_launch import MEASURED_ROWS
 
@@ -96,6 +101,27 @@ def extension_line() -> str:
     return f"csrc extension: present but does not load: {reason}" if reason else "csrc extension: present, loaded"
 
 
+def family_lines() -> list[str]:
+    """Every family compared with the installed transformers, now; on a release not tested, the verdict is kept."""
+    release = f"transformers {transformers.__version__}"
+    if is_tested():
+        lines = [f"{release} is a tested release"]
+    else:
+        lines = [f"{release} was not tested, {', '.join(TESTED_RELEASES)} were; where a family differs, its code runs"]
+    for family in FAMILIES:
+        start = time.perf_counter()
+        try:
+            verdict = comparison.compare(family)
+        except comparison.NotNow as why:
+            told = f"not compared: {why}"
+        else:
+            told = "same" if verdict.difference is None else f"differs: {verdict.difference}"
+            if verdict.lasting and not is_tested():
+                verdicts.write(family, verdict.difference)
+        lines.append(f"{family.model.__name__:<24}{told} ({time.perf_counter() - start:.2f} s)")
+    return lines + [f"{what:<24}left out: {why}" for what, why in LEFT_OUT.items()]
+
+
 def missing() -> list[str]:
     """What could be here and is not, each with the way to get it."""
     found = []
@@ -127,6 +153,7 @@ def report() -> list[str]:
     lines.append(f"  triton        {_version('triton')}")
     lines.append(f"  transformers  {transformers.__version__}")
     lines.append(f"  numpy         {_version('numpy')}")
+    lines += ["", "families", *(f"  {line}" for line in family_lines())]
     lines += ["", "devices", f"  cpu     {torch.get_num_threads()} threads"]
     for device in devices[1:]:
         lines += [f"  {line}" for line in describe(device)]

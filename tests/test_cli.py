@@ -12,8 +12,9 @@ import torch
 import transformers
 
 import bert_fast
-from bert_fast import demo, doctor
+from bert_fast import comparison, demo, doctor, verdicts
 from bert_fast.__main__ import main
+from bert_fast.family import FAMILIES
 from bert_fast.kernels import extension
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] hello my dog is cute , the quick brown fox".split()
@@ -133,6 +134,29 @@ def test_doctor_names_everything(capsys, monkeypatch):
         assert word in out
     monkeypatch.setattr(demo, "WEIGHTS_MODULE", "no_such_module_of_weights")
     assert any(demo.WEIGHTS_INSTALL in line for line in doctor.missing())
+
+
+def test_doctor_compares_every_family(monkeypatch, tmp_path):
+    """Whatever was found before; on a tested release nothing is kept."""
+    monkeypatch.setenv("BERT_FAST_CACHE", str(tmp_path))
+    first, *lines = doctor.family_lines()
+    assert first == f"transformers {transformers.__version__} is a tested release" and not list(tmp_path.iterdir())
+    assert [line.split(" (")[0].split() for line in lines] == [[f.model.__name__, "same"] for f in FAMILIES]
+
+    def compare(family):
+        if family is FAMILIES[1]:
+            raise comparison.NotNow("of something")
+        return comparison.Verdict("the maths" if family is FAMILIES[0] else None, lasting=family is not FAMILIES[2])
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    monkeypatch.setattr(doctor, "is_tested", lambda: False)
+    monkeypatch.setattr(doctor, "LEFT_OUT", {"MPNet": "AttributeError: gone"})
+    first, *lines = doctor.family_lines()
+    assert f"transformers {transformers.__version__} was not tested" in first
+    assert "differs: the maths" in lines[0] and "not compared: of something" in lines[1] and "same" in lines[2]
+    assert "MPNet" in lines[-1] and "left out: AttributeError: gone" in lines[-1]
+    assert verdicts.read(FAMILIES[0]) == verdicts.Kept("the maths") and verdicts.read(FAMILIES[1]) is None
+    assert verdicts.read(FAMILIES[2]) is None and verdicts.read(FAMILIES[3]) == verdicts.Kept(None)
 
 
 def test_doctor_on_the_extension(monkeypatch, tmp_path):

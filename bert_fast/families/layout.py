@@ -21,8 +21,9 @@ def bert_like(hf: ModuleType, prefix: str, **changes: Any) -> Family:
     """
 
     def cls(suffix: str) -> Any:
-        return getattr(hf, prefix + suffix, None)
+        return getattr(hf, prefix + suffix)
 
+    pooler = getattr(hf, f"{prefix}Pooler", None)  # ELECTRA has none
     fused = {
         cls("Embeddings"): Embeddings,
         cls("SelfAttention"): SelfAttention,
@@ -30,14 +31,14 @@ def bert_like(hf: ModuleType, prefix: str, **changes: Any) -> Family:
         cls("SelfOutput"): Output,
         cls("Intermediate"): Intermediate,
         cls("Output"): Output,
-        **({cls("Pooler"): Pooler} if cls("Pooler") else {}),
+        **({} if pooler is None else {pooler: Pooler}),
         **changes.pop("fused", {}),
     }
     fields = {
-        "model": cls("Model"),
+        "model": changes.get("model") or cls("Model"),
         "outputs": BaseModelOutputWithPoolingAndCrossAttentions,
         "embeddings_class": cls("Embeddings"),
-        "model_classes": {"encoder": cls("Encoder")},
+        "model_classes": changes.get("model_classes") or {"encoder": cls("Encoder")},
         "layer_classes": {
             "": cls("Layer"),
             "attention": cls("Attention"),
@@ -46,6 +47,23 @@ def bert_like(hf: ModuleType, prefix: str, **changes: Any) -> Family:
             "intermediate": cls("Intermediate"),
             "output": cls("Output"),
         },
-        "pooler_class": cls("Pooler"),
+        "pooler_class": pooler,
     }
     return Family(hf=hf, fused=fused, **(fields | changes))
+
+
+def roberta_like(hf: ModuleType, prefix: str) -> Family:
+    """RoBERTa's family, and those of its twins in other modeling files.
+
+    Positions are counted from a padding row of their table on, over tokens that are not padding. Sequence
+    classification reads the first token without a pooler.
+    """
+    classifier = f"{prefix}ForSequenceClassification"
+    return bert_like(
+        hf,
+        prefix,
+        position_padding=True,
+        sequence_readers={getattr(hf, classifier): getattr(hf, f"{prefix}ClassificationHead")},
+        first_token_heads=(classifier, f"{prefix}ForMultipleChoice"),
+        other_heads=(f"{prefix}ForCausalLM", *(prefix + head for head in HEADS)),
+    )
