@@ -16,7 +16,7 @@ write before it (torch refuses), into others anybody: the bias of a projection, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +109,9 @@ def attended(
     return attend(plan, qkv, own_mask(bias, plan.uniform_empty, plan.dropout.p), want_probs)
 
 
+Aside = list[tuple[Tensor, int | None] | None]  # parameters with their versions; None: saved
+
+
 def keep(ctx: Any, parameters: Sequence[Tensor], reads: Sequence[bool]) -> list[Tensor]:
     """What to save of the parameters: those that backward reads.
 
@@ -121,16 +124,17 @@ def keep(ctx: Any, parameters: Sequence[Tensor], reads: Sequence[bool]) -> list[
     return [t for t, read in zip(parameters, reads, strict=True) if read]
 
 
-def kept(ctx: Any, saved: Sequence[Tensor]) -> tuple[list[Tensor | None], Sequence[Tensor]]:
+def kept(ctx: Any) -> tuple[list[Tensor | None], list[Tensor]]:
     """The parameters in order, None for those aside; and what else was saved, behind them."""
-    first = iter(saved)
-    return [next(first) if other is None else None for other in ctx.aside], list(first)
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if other is None else None for other in ctx.aside], list(saved)
 
 
-def with_those_aside(ctx: Any, parameters: Iterable[Tensor | None]) -> list[Tensor]:
+def with_those_aside(parameters: Sequence[Tensor | None], aside: Aside) -> list[Tensor]:
+    """All parameters; an error as torch's own where one of those aside was written into."""
     found = []
-    for parameter, other in zip(parameters, ctx.aside, strict=True):
-        if parameter is None:
+    for parameter, other in zip(parameters, aside, strict=True):
+        if other is not None:
             parameter, version = other
             if version is not None and parameter._version != version:
                 raise RuntimeError(
@@ -173,11 +177,11 @@ class Attend(torch.autograd.Function):
         plan, needs = ctx.plan, ctx.needs_input_grad
         if d_context is None:
             return (None, d_rows, *[None] * 7)
-        parameters, (rows, bias, qkv, context, lse) = kept(ctx, ctx.saved_tensors)
+        parameters, (rows, bias, qkv, context, lse) = kept(ctx)
         with without_autocast(rows.device.type):
             given = d_context, d_rows
             if torch.is_grad_enabled() or is_batched(given):
-                args = plan, rows, *with_those_aside(ctx, parameters), bias
+                args = plan, rows, *with_those_aside(parameters, ctx.aside), bias
                 return tuple(gradients_of(Attend.plain, args, needs, given, torch.is_grad_enabled()))
             p = plan.packing
             d_qkv, d_bias = attention_backward(
@@ -252,17 +256,16 @@ class AfterAttention(torch.autograd.Function):
     @staticmethod
     def _plainly(ctx: Any, d_out: Tensor, params: Sequence[Tensor | None], first: Sequence[Tensor]) -> Grads:
         needs, again = ctx.needs_input_grad, torch.is_grad_enabled()
-        every = with_those_aside(ctx, params)
         if ctx.below_up:
-            args = ctx.plan, *first[:2], *every
+            args = ctx.plan, *first[:2], *with_those_aside(params, ctx.aside)
             return tuple(gradients_of(AfterAttention.plain, args, needs, [d_out], again))
-        args = ctx.plan, first[0], *every[4:]
+        args = ctx.plan, first[0], *with_those_aside(params[4:], ctx.aside[4:])
         found = gradients_of(AfterAttention.plain_second, args, (False, False, *needs[7:]), [d_out], again)
         return (*[None] * 7, *found[2:])
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Grads:
-        params, (*first, second, down) = kept(ctx, ctx.saved_tensors)
+        params, (*first, second, down) = kept(ctx)
         with without_autocast(down.device.type):
             if torch.is_grad_enabled() or is_batched([d_out]):
                 return AfterAttention._plainly(ctx, d_out, params, first)

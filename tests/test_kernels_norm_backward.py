@@ -269,6 +269,16 @@ def test_there_is_no_gradient_without_the_sum() -> None:
         padded.sum().backward()
 
 
+def test_a_second_derivative_of_the_embeddings_goes_through_rows_and_sum() -> None:
+    args, found = cases("embed_layer_norm")["dropout"], []
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    for name in ("", "ref"):
+        loss = body("embed_layer_norm", name)(*args)[1].pow(3).sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.interpreter
 def test_a_sum_of_nan_reaches_no_other_row() -> None:
     """An index outside its table made it in the forward; the table's rows are added up within the table."""
