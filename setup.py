@@ -73,7 +73,7 @@ if MODE == "0" and {"editable_wheel", "build_ext"} & set(sys.argv):  # what was 
     IN_PLACE.unlink(missing_ok=True)
 
 setup(
-    packages=["bert_fast", "bert_fast.families", "bert_fast.kernels"],
+    packages=["bert_fast", "bert_fast.comparison", "bert_fast.families", "bert_fast.kernels"],
     package_dir={"bert_fast": "bert_fast", "bert_fast.kernels": "kernels"},
     package_data={"bert_fast": ["py.typed"], "bert_fast.kernels": ["*.json"]},
     include_package_data=False,

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 import bert_fast
-from bert_fast import comparison, graphs, verdicts
+from bert_fast import comparison, graphs
+from bert_fast.comparison import verdicts
 from bert_fast.families import LEFT_OUT
 from bert_fast.family import FAMILIES
 from bert_fast.installed import TESTED_RELEASES, is_tested

@@ -332,7 +332,10 @@ def test_jacobian(attn: str, flags: dict[str, bool], create_graph: bool) -> None
 @pytest.mark.parametrize("trained", ["layer.1", "1.intermediate", "1.output.dense"])
 @pytest.mark.parametrize("embeds", [False, True])
 def test_a_second_derivative_of_frozen_parts(trained: str, embeds: bool, way: str) -> None:
-    """What backward did not read was not kept for it, and is not missed; nor where gradients come in batches."""
+    """What backward did not read was not kept for it, and is not missed; nor where gradients come in batches.
+
+    What lies before all that is trained may be written into.
+    """
     found = []
     for model in through(way, pair(**NO_DROPOUT)):
         for name, parameter in model.named_parameters():
@@ -340,6 +343,9 @@ def test_a_second_derivative_of_frozen_parts(trained: str, embeds: bool, way: st
         given = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(1)).requires_grad_(embeds)
         wanted = [p for p in read_parameters(model) if p.requires_grad] + [given] * embeds
         output = model(inputs_embeds=given)
+        if trained != "layer.1" and not embeds:
+            with torch.no_grad():
+                model.encoder.layer[1].attention.output.dense.bias.add_(1)
         first = torch.autograd.grad(output.pooler_output.sum(), wanted, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted, retain_graph=True)
         found.append([*first, *second, *batched(output, wanted, ("pooler_output",), "is_grads_batched")])

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 import bert_fast
-from bert_fast import comparison, demo, doctor, verdicts
+from bert_fast import comparison, demo, doctor
 from bert_fast.__main__ import main
+from bert_fast.comparison import verdicts
 from bert_fast.family import FAMILIES
 from bert_fast.kernels import extension
 

@@ -23,7 +23,8 @@ from helpers import model_inputs, pair
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert_fast import comparison, trial, trial_parts
+from bert_fast import comparison
+from bert_fast.comparison import trial, trial_parts
 from bert_fast.explain import explanation
 from bert_fast.families.bert import BERT
 from bert_fast.families.mpnet import MPNET
@@ -273,6 +274,7 @@ import json, random, sys
 import numpy, torch, transformers
 import bert_fast
 from bert_fast import comparison
+from bert_fast.comparison import trial, trial_parts
 
 compared, compare = [], comparison.compare
 comparison.compare = lambda family: compared.append(family.model.__name__) or compare(family)

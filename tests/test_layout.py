@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
     "bert_fast.kernels": "kernels",
+    "bert_fast.comparison": "bert_fast/comparison",
     "bert_fast.families": "bert_fast/families",
     "bert_fast": "bert_fast",
     "bench": "bench",
@@ -45,7 +46,7 @@ def modules(package: str) -> dict[str, Path]:
     return {package if f.stem == "__init__" else f"{package}.{f.stem}": f for f in files}
 
 
-LIBRARY = modules("bert_fast.kernels") | modules("bert_fast.families") | modules("bert_fast")
+LIBRARY = {name: path for package in FOLDERS if package != "bench" for name, path in modules(package).items()}
 
 
 def imports(name: str, path: Path) -> Iterator[str]:

@@ -17,7 +17,8 @@ from drift_helpers import ROOT, found, untested  # noqa: F401
 from helpers import model_inputs, pair, randomise, tensors_of
 
 import bert_fast
-from bert_fast import comparison, families, modeling, verdicts
+from bert_fast import comparison, families, modeling
+from bert_fast.comparison import verdicts
 from bert_fast.explain import explanation
 from bert_fast.families.bert import BERT
 from bert_fast.families.layout import bert_like

@@ -20,13 +20,13 @@ import torch
 import transformers
 from torch import nn
 
-from bert_fast import verdicts
+from bert_fast.comparison import verdicts
+from bert_fast.comparison.trial_parts import differences
+from bert_fast.comparison.twins import NotNow
 from bert_fast.family import Family
 from bert_fast.installed import is_tested
 from bert_fast.surroundings import surroundings_reason
 from bert_fast.tiers import warn_once
-from bert_fast.trial_parts import differences
-from bert_fast.twins import NotNow
 
 _RELEASE = f"transformers {transformers.__version__}"
 _COMPILED = f"{_RELEASE} is not compared while a call is being compiled"

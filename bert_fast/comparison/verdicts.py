@@ -82,8 +82,8 @@ def _upstream_files(family: Family) -> set[Path]:
 
 @functools.cache
 def _own_digest() -> bytes:
-    folders = (Path(__file__).parent, Path(__file__).parent / "families", Path(runtime.__file__).parent)
-    return _digest(file for folder in folders for file in folder.glob("*.py"))
+    package = Path(__file__).parents[1]
+    return _digest(file for folder in (package, Path(runtime.__file__).parent) for file in folder.rglob("*.py"))
 
 
 def _digest(files: Iterable[Path]) -> bytes:

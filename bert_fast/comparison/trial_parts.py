@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from bert_fast.declared import undeclared
-from bert_fast.differences import output_difference
+from bert_fast.comparison.declared import undeclared
+from bert_fast.comparison.trial import Inputs, Trial, by_modules, set_rate
+from bert_fast.comparison.twins import build, tiny_config
+from bert_fast.comparison.wording import output_difference
 from bert_fast.family import Family
 from bert_fast.installed import ATTENTIONS, CROSS_STATES, HIDDEN_STATES, INPUTS
 from bert_fast.kernels.linear_gelu import linear_gelu
 from bert_fast.modeling import SIBLINGS, swap_classes
 from bert_fast.modules import Transform
 from bert_fast.tiers import ACTIVATIONS
-from bert_fast.trial import Inputs, Trial, by_modules, set_rate
-from bert_fast.twins import build, tiny_config
 from bert_fast.upstream import CrossAttention
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bert_fast.differences import gradient_difference, output_difference
+from bert_fast.comparison.twins import HEADS, HIDDEN, POSITIONS, TYPES, VOCABULARY, build, tiny_config, twin
+from bert_fast.comparison.wording import gradient_difference, output_difference
 from bert_fast.family import Family
 from bert_fast.installed import (
     ATTENTIONS,
@@ -25,7 +26,6 @@ from bert_fast.installed import (
     model_arguments,
 )
 from bert_fast.modeling import encoder_check
-from bert_fast.twins import HEADS, HIDDEN, POSITIONS, TYPES, VOCABULARY, build, tiny_config, twin
 
 Tensor = torch.Tensor
 B, S, PAST = 3, 5, 2
