@@ -140,7 +140,7 @@ def attention_cpu(
             q, k, v = qkv[rows].view(1, -1, 3, heads, D).permute(2, 0, 3, 1, 4)
             context, sums = _flash(q, k[:, :, : n or S], v[:, :, : n or S], scale=scale if n else 0.0)
             out[rows].view(1, -1, heads, D).copy_(context.transpose(1, 2))
-            # of equal weights it is known; torch's own, in half precision, is of an approximate exponential on some CPUs
+            # of equal weights it is known; torch's own, in half precision, uses an approximate exponential on some CPUs
             lse[:, rows] = sums[0] if n else math.log(rows.stop - rows.start)
         return out, probs, lse
     lse.view(heads, B, S).copy_(sums.transpose(0, 1))
