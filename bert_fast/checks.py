@@ -144,11 +144,11 @@ def check_positions(view: EmbeddingsView, inputs: Inputs, B: int, S: int) -> Non
 
 def _state(view: EmbeddingsView, buffer: torch.Tensor | None) -> tuple[int, ...] | None:
     """Changes where a buffer that the defaults are read from, or a table, does (by `.data` too: torch raises there)."""
-    read = [view.module.position_ids, *([] if buffer is None else [buffer])]
-    if any(t.is_inference() for t in read):  # which count no changes
+    positions, rows = view.module.position_ids, view.position.weight.shape[0]
+    if positions.is_inference() or (buffer is not None and buffer.is_inference()):  # which count no changes
         return None
-    tables = (view.position, view.types) if buffer is not None else (view.position,)
-    return (*(t._version for t in read), *(table.weight.shape[0] for table in tables))
+    types = (0, 0) if buffer is None else (buffer._version, view.types.weight.shape[0])
+    return (positions._version, rows, *types)
 
 
 def reads_part(mask: torch.Tensor, B: int, S: int) -> bool:

@@ -130,14 +130,17 @@ def fast_modules(model: nn.Module) -> Iterator[FastModel]:
 
 def encoder_check(model: nn.Module, given: ModelArguments) -> tuple[str | None, snapshot.Snapshot | None]:
     """(None, the model's snapshot) of a call for the encoder tier, (why it is not, None) of another one."""
-    like = word_table(model)
-    like = next(model.parameters()) if like is None else like
-    reason = surroundings_reason() or autocast_reason(like.device.type, like.dtype)
+    reason = surroundings_reason()
     plain = None if reason else snapshot.held(model)
-    if reason is None and plain is None:
-        reason = model_reason(model)
+    if plain is not None:
+        device, dtype = plain.device, plain.dtype
+    else:
+        like = word_table(model)
+        like = next(model.parameters()) if like is None else like
+        device, dtype = like.device, like.dtype
+        reason = reason or autocast_reason(device.type, dtype) or model_reason(model)
         plain = None if reason else snapshot.take(model)
-    reason = reason or call_reason(given, like.dtype)
+    reason = reason or autocast_reason(device.type, dtype) or call_reason(given, dtype)
     return reason, None if reason else plain
 
 
@@ -179,7 +182,7 @@ def _model_forward(model: Any, upstream: Any, args: tuple[Any, ...], kwargs: dic
     B, S, inputs = check_inputs(plain.view, given.inputs)
     call = make_call(model, plain, B, S, inputs, given, first_token_only)
     encoded = graphs.replayed(plain, call) or run_directly(call, plain)
-    return make_outputs(family, encoded, given, model.config.num_hidden_layers)
+    return make_outputs(family, encoded, given, model.config)
 
 
 def reads_first_token_only(head: Any) -> bool:

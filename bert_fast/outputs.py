@@ -20,15 +20,15 @@ from bert_fast.installed import ModelArguments
 SELECTS_HIDDEN_STATES = hasattr(output_capturing, "selected_hidden_states")  # later than 5.17
 
 
-def select_hidden_states(hidden: list[torch.Tensor], wanted: Any, n_layers: int) -> tuple[torch.Tensor | None, ...]:
+def select_hidden_states(hidden: list[torch.Tensor], wanted: Any, config: Any) -> tuple[torch.Tensor | None, ...]:
     """The tuple upstream returns where hidden states `wanted` (truthy) are asked for, from all L + 1 of them.
 
-    n_layers: the config's number, by which upstream resolves negative indices.
+    config: whose number of layers upstream resolves negative indices by.
     """
     if isinstance(wanted, bool) or (isinstance(wanted, int) and not SELECTS_HIDDEN_STATES):
         return tuple(hidden)
     if SELECTS_HIDDEN_STATES:
-        n = n_layers + 1
+        n = config.num_hidden_layers + 1
         indices = {i % n for i in ([wanted] if isinstance(wanted, int) else wanted) if -n <= i < n}
         return tuple(h if i in indices else None for i, h in enumerate(hidden))
     if isinstance(wanted, (list, tuple, set)):
@@ -37,7 +37,7 @@ def select_hidden_states(hidden: list[torch.Tensor], wanted: Any, n_layers: int)
 
 
 def make_outputs(
-    family: Family, encoded: Encoded, given: ModelArguments, n_layers: int
+    family: Family, encoded: Encoded, given: ModelArguments, config: Any
 ) -> ModelOutput | tuple[Any, ...]:  # fmt: skip
     """What a call with these arguments returns; return_dict False gives the tuple."""
     hidden_states, return_dict = given.hidden_states, given.return_dict
@@ -48,7 +48,7 @@ def make_outputs(
     if family.own_outputs:
         hidden_states, return_dict = bool(hidden_states), bool(return_dict)
     if hidden_states:
-        outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states, n_layers)
+        outputs["hidden_states"] = select_hidden_states(encoded.hidden, hidden_states, config)
     if given.attentions:
         outputs["attentions"] = tuple(encoded.attentions)
         if family.returns_cross_attentions:  # as upstream: asked for, and an encoder has none
