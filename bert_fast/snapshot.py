@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bert_fast.family import UPSTREAM, Family, family_of
 from bert_fast.installed import IS_CAUSAL
-from bert_fast.tiers import mask_function
+from bert_fast.tiers import is_capture_hook, mask_function
 
 _FORWARD_OF = attrgetter("forward")
 _CHECKPOINTING = attrgetter("gradient_checkpointing")  # an attribute of the class until it is set
@@ -101,7 +101,8 @@ class Snapshot:
         self._own_configs = [a.__dict__ for a in (layer.attention for layer in view.layers) if "config" in a.__dict__]
         self._configs = self._read_configs()
         self._newest_hook = self._hook_seen = -1
-        self._hooks = self._read_hooks()  # transformers' own, which a walk lets pass
+        # transformers' own, which a walk lets pass; another one came after the walk, from another thread
+        self._hooks = list(filter(is_capture_hook, self._read_hooks()))
         embeddings = model.embeddings
         tensors = [(embeddings._buffers, name) for name in embeddings._buffers]
         tensors += [(m._parameters, name) for m in below for name in m._parameters]

@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from bert_fast import surroundings
+
 DEVICE = torch.device("cuda", 0)
 
 
@@ -82,5 +84,6 @@ def pretended() -> Iterator[None]:
         for name, answer in ANSWERS.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, answer))
         patches.enter_context(mock.patch.object(torch, "compile", lambda model, **options: model))
+        patches.enter_context(mock.patch.object(surroundings, "mode_reason", lambda: None))  # of the mode that pretends
         patches.enter_context(_OnCpu())
         yield

@@ -141,7 +141,8 @@ def test_copies_and_pickles_in_threads() -> None:
     def work(make: Callable[[Any], Any]) -> None:
         for _ in range(15):
             twin = make(model)
-            assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+            same = bert_fast.accelerate(twin)  # what was pickled is transformers' own
+            assert [type(module) for module in same.modules()] == [type(module) for module in model.modules()]
             assert_equal(with_gradients(twin, inputs, False), wanted)
             assert_equal(with_gradients(model, inputs, False), wanted)
 

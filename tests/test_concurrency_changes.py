@@ -13,7 +13,8 @@ from helpers import assert_close_fp32, model_inputs
 from thread_helpers import CASES, FLAGS, accelerated, in_threads, often  # noqa: F401
 
 import bert_fast
-from bert_fast import modules, tiers
+from bert_fast import tiers
+from bert_fast import upstream as attention_modules
 
 pytestmark = pytest.mark.usefixtures("often")
 
@@ -77,7 +78,7 @@ def test_hooks_come_and_go_while_others_call(tier: str) -> None:
     in_threads(*map(work, parts))
 
 
-@pytest.mark.parametrize("reader", [tiers, modules])
+@pytest.mark.parametrize("reader", [tiers, attention_modules])
 def test_a_hook_registered_while_hooks_are_read(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     upstream, model = accelerated("BertModel")
     own = model.encoder.layer[0].attention.self
