@@ -30,6 +30,7 @@ from bert_fast.kernels.attention_heads import attention_heads
 from bert_fast.kernels.attention_heads_base import additive, causal_mask
 from bert_fast.kernels.dropout import make_seed
 from bert_fast.kernels.runtime import unsupported_reason, without_autocast
+from bert_fast.packing import own_mask
 from bert_fast.surroundings import surroundings_reason
 from bert_fast.tiers import is_capture_hook
 
@@ -110,6 +111,8 @@ def attention_forward(
     dtype = _compute_dtype(query)
     query, key, value = (x.to(dtype) if x.stride(3) == 1 else x.to(dtype).contiguous() for x in (query, key, value))
     seed = make_seed(query.device) if p else None
+    if mask is not None and mask.is_floating_point():  # which the caller may write into before backward, as in eager
+        mask = own_mask(mask, True, p)
     with without_autocast(query.device.type):
         context, weights, _ = attention_heads(query, key, value, mask, causal, scale, wanted, seed, 0, p)
         if wanted and weights.requires_grad:  # the context is made of them, so that its gradient goes through them

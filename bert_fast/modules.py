@@ -158,6 +158,7 @@ def _embedded(module: Any, given: dict[str, Any]) -> Tensor:
     token = torch.arange(B * S, dtype=torch.int32, device=table.device)
     dropout = drawn_dropout(dropout_rate(module.dropout, module.dropout), table.device)
     position = module.position_embeddings
+    table = table if embeds is None else table.detach()  # not read: no part of the graph, as upstream
     with without_autocast(table.device.type):
         rows, *_ = embed_layer_norm(
             input_ids, embeds, None if types is None else types.expand(B, S), positions.expand(B, S), table,

@@ -20,7 +20,7 @@ from kernel_helpers import body
 from test_families import pair as family_pair
 from torch import nn
 
-from bert_fast import encoder, modules
+from bert_fast import attention_interface, encoder, modules
 from bert_fast.family import family_of
 from bert_fast.kernels.embed_layer_norm import embed_layer_norm, embed_layer_norm_triton
 from bert_fast.packing import make_packing
@@ -443,3 +443,39 @@ def test_positions_that_the_buffer_of_token_types_lacks(monkeypatch: pytest.Monk
     rows, _ = encoder._embed(*args)
     assert torch.equal(rows.isnan().all(1), positions.flatten() > 23)
     assert torch.equal(rows.isnan().any(1), positions.flatten() > 23)
+
+
+def test_a_mask_of_the_attention_interface_written_into_afterwards() -> None:
+    """Under attn_implementation="bert_fast" as under eager: the mask is the caller's again after the forward."""
+    found = []
+    for kind in ("eager", "bert_fast"):
+        query, key, value = (torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        query.requires_grad_()
+        mask = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(3))
+        if kind == "eager":
+            out = (torch.softmax(query @ key.mT * 8**-0.5 + mask, -1) @ value).transpose(1, 2)
+        else:
+            out = attention_interface.attention_forward(nn.Module().eval(), query, key, value, mask)[0]
+        mask.fill_(1)
+        out.square().sum().backward()
+        found.append(query.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_embeddings_given_leave_the_word_table_out() -> None:
+    """DDP looks for parameters that are in the graph: in the module tier too the table is not."""
+    reached = []
+    for model in through("module", pair(**NO_DROPOUT)):
+        embeds = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+        loss = model.train()(inputs_embeds=embeds).last_hidden_state.square().sum()
+        table = model.embeddings.word_embeddings.weight
+        todo, seen, leaves = [loss.grad_fn], set(), set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaves.add(id(getattr(node, "variable", None)))
+            todo += [after for after, _ in node.next_functions]
+        reached.append(id(table) in leaves)
+    assert reached == [False, False]
